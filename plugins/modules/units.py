@@ -1,0 +1,122 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the Tribrick authors
+# SPDX-License-Identifier: BSD-3-Clause
+"""Bring several systemd units to the wanted state in one call."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: units
+short_description: Bring several systemd units to the wanted state in one call
+description:
+  - Enables, starts, restarts, reloads or stops units in the order given, one C(systemctl) call each, only where needed.
+  - C(daemon-reload) runs first when systemd says that a unit file on disk is newer than what it has loaded.
+  - A unit is restarted or reloaded when one of its O(units[].files) is newer than its last start (or reload). The
+    decision rests on times on the host, so it does not get lost when a run is killed half-way.
+  - In check mode a unit that does not exist yet is predicted to be changed, so a first run can be predicted.
+options:
+  units:
+    description: The units.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      name: {description: Unit name with its suffix., type: str, required: true}
+      state: {description: Wanted state. Leave out to keep it., type: str, choices: [started, stopped]}
+      enabled: {description: Whether it starts at boot. Leave out to keep it., type: bool}
+      on_change: {description: What to do when one of its files is newer., type: str, choices: [restart, reload]}
+      files: {description: Files that the unit reads when it starts. Missing ones are ignored., type: list, elements: path, default: []}
+  timeout:
+    description: Seconds that one systemctl call may take.
+    type: int
+    default: 120
+author: [Tribrick authors]
+"""
+
+EXAMPLES = r"""
+- name: Run nginx with its present configuration
+  tribrick.media.units:
+    units:
+      - {name: nginx.service, state: started, enabled: true, on_change: reload, files: [/etc/nginx/nginx.conf]}
+"""
+
+RETURN = r"""
+actions:
+  description: The systemctl verbs that were (in check mode, would be) used, by unit, in order.
+  returned: always
+  type: list
+  elements: str
+"""
+
+import os
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.tribrick.media.plugins.module_utils.systemd import PROPERTIES, parse_show, verbs
+
+
+def monotonic_mtime(paths: list[str]) -> float:
+    """When the newest of the paths was changed, in seconds of the monotonic clock; minus infinity for none."""
+    offset = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
+    times = [os.lstat(path).st_mtime - offset for path in paths if os.path.lexists(path)]
+    return max(times, default=float("-inf"))
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "units": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "state": {"type": "str", "choices": ["started", "stopped"]},
+                    "enabled": {"type": "bool"},
+                    "on_change": {"type": "str", "choices": ["restart", "reload"]},
+                    "files": {"type": "list", "elements": "path", "default": []},
+                },
+            },
+            "timeout": {"type": "int", "default": 120},
+        },
+        supports_check_mode=True,
+    )
+    wanted = module.params["units"]
+    names = [unit["name"] for unit in wanted]
+
+    def systemctl(*words: str) -> tuple[int, str, str]:
+        limit = str(module.params["timeout"])
+        return module.run_command(["timeout", "--kill-after=5", limit, "systemctl", *words], environ_update={"LC_ALL": "C"})
+
+    def show() -> dict:
+        code, out, err = systemctl("show", "--property", ",".join(PROPERTIES), *names)
+        if code != 0:
+            module.fail_json(msg=f"systemctl show failed: {(err or out).strip()}; is systemd running here?")
+        return parse_show(out, names)
+
+    actions = []
+    found = show()
+    if any(unit.stale or not unit.loaded for unit in found.values()) and not module.check_mode:
+        code, out, err = systemctl("daemon-reload")
+        if code != 0:
+            module.fail_json(msg=f"systemctl daemon-reload failed: {(err or out).strip()}")
+        found = show()
+    for entry in wanted:
+        name, unit = entry["name"], found[entry["name"]]
+        if not unit.loaded and not module.check_mode and entry["state"] != "stopped":
+            module.fail_json(msg=f"there is no unit {name} on this host; `systemctl status {name}` tells more")
+        for verb in verbs(entry, unit, monotonic_mtime(entry["files"])):
+            actions.append(f"{verb} {name}")
+            if module.check_mode:
+                continue
+            code, out, err = systemctl(verb, name)
+            if code == 0:
+                continue
+            log = module.run_command(["journalctl", "--no-pager", "--lines=15", "--output=cat", f"--unit={name}"])[1]
+            why = "took longer than {} s".format(module.params["timeout"]) if code in (124, 137) else (err or out).strip()
+            module.fail_json(msg=f"systemctl {verb} {name} failed: {why}", journal=log.splitlines(), actions=actions)
+    module.exit_json(changed=bool(actions), actions=actions)
+
+
+if __name__ == "__main__":
+    main()
