@@ -20,6 +20,7 @@ def clock(sent: float, start: float, end: float, received: float) -> dict[str, f
 
 def last_words(text: str, limit: int = 300) -> str:
     """The end of an error text on one line: ssh and sudo say last what stopped them."""
+    text = text.rpartition("Make sure this host can be reached over ssh:")[2]  # Ansible's own preface
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     flat = " ".join(lines[-3:])
     return flat if len(flat) <= limit else "..." + flat[-limit:]

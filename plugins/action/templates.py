@@ -48,7 +48,8 @@ class ActionModule(ActionBase):
         text = trust_as_template(self._loader.get_text_file_contents(path))
         folders = list(task_vars.get("ansible_search_path") or []) + [os.path.dirname(path)]
         searchpath = [place for folder in folders for place in (os.path.join(folder, "templates"), folder)]
-        templar = self._templar.copy_with_new_env(searchpath=searchpath, available_variables=task_vars)
+        variables = {"ansible_managed": "Written by Tribrick; changes made here are lost", **task_vars}
+        templar = self._templar.copy_with_new_env(searchpath=searchpath, available_variables=variables)
         try:
             rendered = templar.template(text, escape_backslashes=False, overrides={"trim_blocks": True})
         except AnsibleError as error:
