@@ -54,12 +54,13 @@ def parse_show(text: str, names: list[str]) -> dict[str, Unit]:
     return units
 
 
-def verbs(wanted: dict, unit: Unit, newest: float) -> list[str]:
+def verbs(wanted: dict, unit: Unit, newest: float, proven: bool = True) -> list[str]:
     """The systemctl verbs that bring ``unit`` to what is ``wanted``, in order.
 
     ``newest`` is the monotonic time of the last change of the files it was started with. Comparing times, not
     remembering what this run has changed, is what makes a run that was killed between writing a file and
-    restarting its service end in the same state when it is run again.
+    restarting its service end in the same state when it is run again. ``proven`` is False when the unit's work is
+    not in effect although it may be active.
     """
     steps = []
     if wanted["enabled"] is not None:
@@ -74,7 +75,7 @@ def verbs(wanted: dict, unit: Unit, newest: float) -> list[str]:
     if wanted["state"] == "started":
         if not running:
             steps.append("start")
-        elif wanted["on_change"] == "restart" and newest > unit.started:
+        elif not proven or (wanted["on_change"] == "restart" and newest > unit.started):
             steps.append("restart")
         elif wanted["on_change"] == "reload" and newest > max(unit.started, unit.changed):
             steps.append("reload")

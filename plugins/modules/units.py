@@ -26,6 +26,10 @@ options:
       enabled: {description: Whether it starts at boot. Leave out to keep it., type: bool}
       on_change: {description: What to do when one of its files is newer., type: str, choices: [restart, reload]}
       files: {description: Files that the unit reads when it starts. Missing ones are ignored., type: list, elements: path, default: []}
+      proof:
+        description: Command that succeeds while the unit's work is in effect. When it fails although the unit is active, the unit is restarted.
+        type: list
+        elements: str
   timeout:
     description: Seconds that one systemctl call may take.
     type: int
@@ -75,6 +79,7 @@ def main() -> None:
                     "enabled": {"type": "bool"},
                     "on_change": {"type": "str", "choices": ["restart", "reload"]},
                     "files": {"type": "list", "elements": "path", "default": []},
+                    "proof": {"type": "list", "elements": "str"},
                 },
             },
             "timeout": {"type": "int", "default": 120},
@@ -105,7 +110,8 @@ def main() -> None:
         name, unit = entry["name"], found[entry["name"]]
         if not unit.loaded and not module.check_mode and entry["state"] != "stopped":
             module.fail_json(msg=f"there is no unit {name} on this host; `systemctl status {name}` tells more")
-        for verb in verbs(entry, unit, monotonic_mtime(entry["files"])):
+        proven = not entry["proof"] or not unit.loaded or module.run_command(entry["proof"])[0] == 0
+        for verb in verbs(entry, unit, monotonic_mtime(entry["files"]), proven):
             actions.append(f"{verb} {name}")
             if module.check_mode:
                 continue

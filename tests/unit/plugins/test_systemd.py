@@ -70,3 +70,8 @@ def test_parse_show_refuses_an_answer_for_fewer_units() -> None:
 )
 def test_verbs(want: dict, found: Unit, newest: float, expected: list[str]) -> None:
     assert verbs(want, found, newest) == expected
+
+
+def test_a_unit_whose_work_is_not_in_effect_is_restarted() -> None:
+    assert verbs(wanted(on_change="reload"), unit(), 5.0, proven=False) == ["restart"]
+    assert verbs(wanted(), unit(active="inactive"), 5.0, proven=False) == ["start"]
