@@ -318,7 +318,7 @@ def main() -> None:
         ask(("connect", end["host"], end["port"]), connect, end["address"], end["port"], wanted["deadline"])
 
     def run(*command):
-        words = ["timeout", "-k", "2", "20", *command]
+        words = ["timeout", "-k", "2", "60", *command]
         return module.run_command(words, environ_update={"LC_ALL": "C", "LANG": "C", "LANGUAGE": "C"})
 
     release = pairs(read("/etc/os-release"))

@@ -1,0 +1,1 @@
+"""A small Django site that keeps its pictures with Tribrick."""

@@ -1,0 +1,161 @@
+"""The pages."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+from urllib.parse import quote
+
+from django.conf import settings
+from django.contrib import messages
+from django.contrib.auth.decorators import login_required
+from django.db.models import QuerySet
+from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.utils.http import content_disposition_header
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from example.gallery import api, errors, services, uploads
+from example.gallery.models import Picture, StoredMedia
+from example.gallery.services import Refused
+
+PAGE = 24
+
+
+def _page(request: HttpRequest, pictures: QuerySet[Picture], context: dict[str, Any]) -> Any:
+    """Render one page of *pictures*, newest first, found by key and not by counting."""
+    before = request.GET.get("before", "")
+    if before:
+        if not (before.isascii() and before.isdigit() and len(before) <= 18):
+            raise Http404
+        pictures = pictures.filter(id__lt=int(before))
+    chosen = list(pictures.select_related("current").order_by("-id")[: PAGE + 1])
+    older = chosen[PAGE - 1].pk if len(chosen) > PAGE else None
+    return render(
+        request,
+        "gallery/gallery.html",
+        context | {"pictures": chosen[:PAGE], "older": older, "first": not before},
+    )
+
+
+@require_GET
+def gallery(request: HttpRequest) -> HttpResponse:
+    """Show the public pictures."""
+    pictures = Picture.objects.filter(private=False, current__isnull=False)
+    return _page(request, pictures, {"section": "gallery", "title": "Gallery"})
+
+
+@require_GET
+@login_required
+def album(request: HttpRequest) -> HttpResponse:
+    """Show the private pictures of the user."""
+    pictures = Picture.objects.filter(owner=request.user, private=True, current__isnull=False)
+    return _page(request, pictures, {"section": "album", "title": "Private album"})
+
+
+def _picture(request: HttpRequest, pk: int) -> Picture:
+    pictures = Picture.objects.select_related("current", "owner")
+    found = get_object_or_404(pictures, pk=pk, current__isnull=False)
+    if found.private and found.owner_id != request.user.pk:
+        raise Http404
+    return found
+
+
+@require_GET
+def picture(request: HttpRequest, pk: int) -> HttpResponse:
+    """Show one picture, what is known of it, and its versions."""
+    found = _picture(request, pk)
+    context = {
+        "picture": found,
+        "media": found.current,
+        "versions": found.versions.filter(deleted__isnull=True).order_by("-version"),
+        "may_change": request.user.is_authenticated
+        and (found.owner_id == request.user.pk or request.user.is_superuser),
+        "key": uuid.uuid4().hex,
+    }
+    return render(request, "gallery/picture.html", context)
+
+
+@require_http_methods(["GET", "POST"])
+@never_cache
+@login_required
+def upload(request: HttpRequest) -> HttpResponse:
+    """Upload a picture: by the script with progress, or as a plain form."""
+    error = None
+    if request.method == "POST":
+        try:
+            return _receive(request)
+        except Refused as refused:
+            if errors.wants_json(request):
+                raise
+            error = refused
+            if refused.code == "key_reused":  # an old page from the browser's history
+                error = Refused(422, refused.code, "This form was sent before. Please try again.")
+    context = {
+        "section": "upload",
+        "error": error,
+        "key": uuid.uuid4().hex,
+        "private": request.GET.get("private") == "1",
+    }
+    return render(request, "gallery/upload.html", context, status=error.status if error else 200)
+
+
+def _receive(request: HttpRequest) -> HttpResponse:
+    with uploads.uploaded(request) as (content, original):
+        replaces = None
+        if request.POST.get("picture", "").isdecimal():
+            current = _picture(request, int(request.POST["picture"][:18])).current
+            replaces = current.name if current else None
+        media = services.save_upload(
+            request.user,
+            content,
+            original,
+            private=request.POST.get("private") == "1",
+            replaces=replaces,
+            key=f"form-{request.POST.get('key', '')[:64]}" if request.POST.get("key") else "",
+        )
+    page = media.picture.get_absolute_url()
+    if errors.wants_json(request):
+        return JsonResponse(api.created(media) | {"page": page}, status=201)
+    messages.success(request, f"“{media.original}” is stored.")
+    return redirect(page)
+
+
+@require_POST
+@login_required
+def delete(request: HttpRequest, pk: int) -> HttpResponse:
+    """Delete a picture with all its versions."""
+    found = _picture(request, pk)
+    services.delete_picture(request.user, found)
+    messages.success(request, "The picture is deleted.")
+    return redirect("album" if found.private else "gallery")
+
+
+@require_GET
+def private_file(request: HttpRequest, name: str) -> HttpResponse:
+    """Check who asks for a private file, then let nginx send it."""
+    user = api.user_of(request) or request.user
+    name = f"private/{name}"
+    rows = StoredMedia.objects.filter(owner_id=user.pk, deleted__isnull=True)
+    media = rows.filter(name=name).first() if "\0" not in name and user.pk else None
+    content_type = media.content_type if media else "image/jpeg"
+    if media is None and user.pk and "\0" not in name:
+        media = rows.filter(thumbnail=name).first()
+    if media is None:
+        raise Http404
+    response: Any
+    if settings.TRIBRICK_ACCEL_PREFIX:
+        response = HttpResponse()
+        response["X-Accel-Redirect"] = settings.TRIBRICK_ACCEL_PREFIX + quote(name)
+    else:
+        response = FileResponse(services.storage().open(name))
+    response["Content-Type"] = content_type
+    inline = content_type.startswith(("image/", "audio/", "video/"))
+    disposition = content_disposition_header(not inline, media.original)
+    if disposition:
+        response["Content-Disposition"] = disposition
+    response["Cache-Control"] = "private, max-age=3600"
+    response["X-Content-Type-Options"] = "nosniff"
+    response["Content-Security-Policy"] = "sandbox; default-src 'none'"
+    return response

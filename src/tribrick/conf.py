@@ -1,0 +1,39 @@
+"""The ``TRIBRICK`` setting, a dictionary that is read when a value is needed, never at import.
+
+======================  =======================  ==================================================
+key                     default                  meaning
+======================  =======================  ==================================================
+``SENTINEL_ID``         none: must be given      the id in the sentinel file of the volume; ``False``
+                                                 says that ``MEDIA_ROOT`` is a plain directory, for
+                                                 which no sentinel is asked
+``SENTINEL_NAME``       ``.tribrick-volume``     the sentinel's name in the root of the volume
+``HASH_LEVELS``         2                        hash directories between directory and file
+``HASH_WIDTH``          1                        hexadecimal digits of each hash directory's name
+======================  =======================  ==================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "SENTINEL_ID": None,
+    "SENTINEL_NAME": ".tribrick-volume",
+    "HASH_LEVELS": 2,
+    "HASH_WIDTH": 1,
+}
+
+
+def setting(key: str) -> Any:
+    """Return ``settings.TRIBRICK[key]`` or its default; an unknown key in the setting is refused."""
+    given = getattr(settings, "TRIBRICK", {})
+    if not isinstance(given, Mapping):
+        raise ImproperlyConfigured(f"TRIBRICK must be a dictionary, not {type(given).__name__}.")
+    unknown = sorted(str(name) for name in given if name not in DEFAULTS)
+    if unknown:
+        raise ImproperlyConfigured(f"TRIBRICK has unknown keys: {', '.join(unknown)}. Known: {', '.join(DEFAULTS)}.")
+    return given.get(key, DEFAULTS[key])

@@ -1,0 +1,79 @@
+"""Each role says the same about its variables in defaults, argument specs and README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = sorted(path.parent.parent.name for path in ROOT.glob("roles/*/tasks/main.yml"))
+
+
+def load(path: Path) -> dict:
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+
+
+def options(role: str) -> dict:
+    """The options of all entry points."""
+    found: dict = {}
+    for entry in load(ROOT / "roles" / role / "meta/argument_specs.yml").get("argument_specs", {}).values():
+        found |= entry.get("options", {})
+    return found
+
+
+def documented(role: str) -> dict[str, str]:
+    """Variable -> its row, from the tables of the README."""
+    found: dict[str, str] = {}
+    for line in (ROOT / "roles" / role / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            for name in re.findall(rf"`({role}_\w+)`", line.split("|")[1]):
+                found[name] = line
+    return found
+
+
+def test_roles_were_found():
+    assert len(ROLES) >= 10
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_agree_with_the_argument_spec(role):
+    spec = options(role)
+    defaults = load(ROOT / "roles" / role / "defaults/main.yml")
+    in_spec = {name: option["default"] for name, option in spec.items() if "default" in option}
+    assert defaults == in_spec
+    for name, option in spec.items():
+        assert name.startswith(f"{role}_"), name
+        assert option.get("description"), f"{name} is not described"
+        assert option.get("type"), f"{name} has no type"
+        assert "default" in option or option.get("required") is not None or "choices" in option, (
+            f"{name} has neither a default nor a word on whether it is required"
+        )
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_readme_lists_exactly_the_public_variables(role):
+    rows = documented(role)
+    spec = options(role)
+    assert set(rows) == set(spec)
+    for name, option in spec.items():
+        assert ("required" in rows[name]) or not option.get("required"), f"{name} is required, its row does not say so"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_roles_read_no_shared_or_foreign_variables(role):
+    """What two roles share is passed by the playbook: a role reads neither the inventory's nor another role's names."""
+    template = (ROOT / "templates/inventory/tribrick.yml.j2").read_text(encoding="utf-8")
+    foreign = set(re.findall(r"^(?:# )?(tribrick_\w+):", template, re.MULTILINE))
+    assert "tribrick_volume" in foreign
+    for other in ROLES:
+        if other != role:
+            foreign |= set(options(other))
+    for file in sorted((ROOT / "roles" / role).rglob("*")):
+        if file.is_file() and file.relative_to(ROOT).parts[2] in {"tasks", "templates", "vars", "defaults", "handlers"}:
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                code = line.split("#")[0] if file.suffix == ".yml" else "".join(re.findall(r"{[{%].*?[%}]}", line))
+                read = foreign & set(re.findall(r"(?<![\w$./-])\w+", code))
+                assert not read, f"{file.relative_to(ROOT)}:{number}: {line.strip()}"

@@ -1,0 +1,114 @@
+"""./scripts/test counts honestly: what did not run, was skipped or is missing is a failure."""
+
+from __future__ import annotations
+
+import pytest
+
+from kit import testing
+from kit.testing import Outcome, changed_hosts, junit, recap, summary
+
+STEPS = ["create", "converge", "verify"]
+
+
+def line(**counts: int) -> str:
+    numbers = {"actions": 3, "successful": 3, "disabled": 0, "skipped": 0, "missing": 0, "failed": 0} | counts
+    return "default                   : " + "  ".join(f"{name}={number}" for name, number in numbers.items()) + "\n"
+
+
+def test_recap_counts_each_step():
+    assert recap(line(), "default", STEPS) == Outcome(passed=3)
+
+
+@pytest.mark.parametrize("counts", [
+    {"missing": 1}, {"successful": 2, "missing": 1}, {"skipped": 1}, {"disabled": 1}, {"failed": 1, "successful": 2},
+    {"actions": 2, "successful": 2},
+])
+def test_recap_with_less_than_all_steps_fails(counts):
+    assert recap(line(**counts), "default", STEPS).failed == 1
+
+
+def test_scenario_that_stopped_is_a_failure():
+    output = "INFO     [default > create] Executing\nINFO     [default > converge] Executing\nERROR\n"
+    outcome = recap(output, "default", STEPS)
+    assert (outcome.passed, outcome.failed) == (1, 1)
+    assert "converge" in outcome.problems[0]
+    assert recap("", "default", STEPS).failed == 1
+    assert recap(line(), "other", STEPS).failed == 1
+
+
+def report(tmp_path, cases: str):
+    file = tmp_path / "report.xml"
+    file.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    return file
+
+
+def test_junit_counts(tmp_path):
+    outcome = junit(report(tmp_path, """
+        <testcase classname="a" name="good"/>
+        <testcase classname="a" name="bad"><failure message="assert 1 == 2">text</failure></testcase>
+        <testcase classname="a" name="broken"><error message="no fixture">text</error></testcase>
+        <testcase classname="a" name="left out"><skipped message="not today"/></testcase>
+        <testcase classname="a" name="known"><skipped message="no IPv6 in this lab"/></testcase>"""))
+    assert (outcome.passed, outcome.failed) == (2, 3)
+    assert any("not today" in problem for problem in outcome.problems)
+
+
+def test_nothing_collected_is_a_failure(tmp_path):
+    assert junit(report(tmp_path, "")).failed == 1
+    assert junit(tmp_path / "never-written.xml").failed == 1
+
+
+def test_changed_hosts_sums_all_recaps():
+    one = "PLAY RECAP ***\nnode1  : ok=4 changed=1 unreachable=0\nnode2 : ok=4    changed=0    unreachable=0\n"
+    assert changed_hosts(one + one) == ({"node1": 2, "node2": 0}, 2)
+    assert changed_hosts("nothing") == ({}, 0)
+
+
+def test_summary_ends_with_the_sum():
+    text, good = summary([("a", Outcome(2, 0), 60.0), ("b", Outcome(3, 0), 1.0)])
+    assert text.splitlines()[-1] == "5 passed, 0 failed"
+    assert good
+    text, good = summary([("a", Outcome(2, 1, ["x"]), 60.0)])
+    assert text.splitlines()[-1] == "2 passed, 1 failed"
+    assert not good
+
+
+def test_a_part_that_checked_nothing_is_a_failure():
+    text, good = summary([("a", Outcome(1, 0), 1.0), ("b", Outcome(), 1.0)])
+    assert text.splitlines()[-1] == "1 passed, 1 failed"
+    assert not good
+    assert not summary([])[1]
+
+
+def test_a_broken_part_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(testing, "LOGS", tmp_path)
+
+    def part(_console, _run):
+        raise OSError("disk gone")
+
+    _, outcome, _ = testing.run_part("x", part, testing.Run("short", "0"), 0.0)
+    assert outcome.failed == 1
+    assert "disk gone" in outcome.problems[0]
+
+
+def test_a_failing_program_without_a_failing_test_is_a_failure():
+    assert testing.with_exit_code(Outcome(passed=4), "pytest failed").failed == 1
+    assert testing.with_exit_code(Outcome(passed=4), None).failed == 0
+
+
+def test_command_line(capsys):
+    parts, run, _ = testing.parse([])
+    assert list(parts)[-4:] == ["lab", "default", "debian12", "bare"]
+    assert run.set == "short"
+    parts, run, _ = testing.parse(["long", "bare"])
+    assert (list(parts), run.set) == (["bare"], "long")
+    assert "lab" not in testing.parse(["quick"])[0]
+    assert testing.parse(["list"])[2]
+    with pytest.raises(SystemExit):
+        testing.parse(["nonsense"])
+    assert "no part is named nonsense" in capsys.readouterr().err
+
+
+def test_every_shell_script_is_found():
+    found = testing.shell_scripts()
+    assert {"scripts/test", "scripts/lab", ".ci/run", "molecule/shared/vault-password"} <= set(found)
