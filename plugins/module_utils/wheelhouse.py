@@ -178,7 +178,8 @@ def explain_pip(output: str, python_version: str) -> str:
             "or PIP_NO_INDEX=1 and PIP_FIND_LINKS to a directory of wheels"
         )
     if missing is not None and versions not in (None, "none"):
-        return f"There is no wheel of {missing} for Python {python_version}; the index has other versions: {versions}"
+        newest = ", ".join(versions.split(", ")[-5:])
+        return f"There is no wheel of {missing} for Python {python_version}; the index has {newest}"
     if missing is not None:
         return (
             f"There is no wheel of {missing} for Python {python_version} on Linux in the package index "

@@ -156,11 +156,8 @@ class Apt:
         self.updated = True
 
     def stale(self):
-        if (
-            not any(name.endswith(("Packages", "Packages.lz4")) for name in os.listdir(LISTS))
-            if os.path.isdir(LISTS)
-            else True
-        ):
+        names = os.listdir(LISTS) if os.path.isdir(LISTS) else []
+        if not any("Packages" in name for name in names):
             return True
         fetched = os.stat(LISTS).st_mtime
         return time.time() - fetched > self.module.params["cache_valid_time"] or newest(SOURCES) > fetched
