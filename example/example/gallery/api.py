@@ -122,7 +122,7 @@ def _number(request: HttpRequest, name: str, default: int | None, most: int) -> 
     return int(text)
 
 
-@endpoint("GET", "POST")
+@endpoint("GET", "HEAD", "POST")
 def collection(request: HttpRequest, user: Any) -> HttpResponse:
     """List the caller's files, or store a new one."""
     if request.method == "POST":
@@ -140,7 +140,7 @@ def collection(request: HttpRequest, user: Any) -> HttpResponse:
     return JsonResponse({"results": [row(media) for media in page[:limit]], "next": following})
 
 
-@endpoint("GET", "PUT", "DELETE")
+@endpoint("GET", "HEAD", "PUT", "DELETE")
 def item(request: HttpRequest, user: Any, name: str) -> HttpResponse:
     """Show, replace or delete one file."""
     if request.method == "DELETE":

@@ -14,7 +14,7 @@ from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonRe
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils.http import content_disposition_header
 from django.views.decorators.cache import never_cache
-from django.views.decorators.http import require_GET, require_http_methods, require_POST
+from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
 from example.gallery import api, errors, services, uploads
 from example.gallery.models import Picture, StoredMedia
@@ -39,14 +39,14 @@ def _page(request: HttpRequest, pictures: QuerySet[Picture], context: dict[str, 
     )
 
 
-@require_GET
+@require_safe
 def gallery(request: HttpRequest) -> HttpResponse:
     """Show the public pictures."""
     pictures = Picture.objects.filter(private=False, current__isnull=False)
     return _page(request, pictures, {"section": "gallery", "title": "Gallery"})
 
 
-@require_GET
+@require_safe
 @login_required
 def album(request: HttpRequest) -> HttpResponse:
     """Show the private pictures of the user."""
@@ -62,7 +62,7 @@ def _picture(request: HttpRequest, pk: int) -> Picture:
     return found
 
 
-@require_GET
+@require_safe
 def picture(request: HttpRequest, pk: int) -> HttpResponse:
     """Show one picture, what is known of it, and its versions."""
     found = _picture(request, pk)
@@ -77,7 +77,7 @@ def picture(request: HttpRequest, pk: int) -> HttpResponse:
     return render(request, "gallery/picture.html", context)
 
 
-@require_http_methods(["GET", "POST"])
+@require_http_methods(["GET", "HEAD", "POST"])
 @never_cache
 @login_required
 def upload(request: HttpRequest) -> HttpResponse:
@@ -132,7 +132,7 @@ def delete(request: HttpRequest, pk: int) -> HttpResponse:
     return redirect("album" if found.private else "gallery")
 
 
-@require_GET
+@require_safe
 def private_file(request: HttpRequest, name: str) -> HttpResponse:
     """Check who asks for a private file, then let nginx send it."""
     user = api.user_of(request) or request.user

@@ -217,7 +217,8 @@ def test_tokens(api: Api, png: Any, user: Any) -> None:
 def test_other_methods_and_addresses(api: Api) -> None:
     response = api.send("DELETE", ROOT)
     refused(response, 405, "method_not_allowed")
-    assert response["Allow"] == "GET, POST"
+    assert response["Allow"] == "GET, HEAD, POST"
+    assert api.send("HEAD", ROOT).status_code == 200
     for method in ("GET", "DELETE"):
         refused(api.send(method, ROOT + "photos/none.png"), 404, "not_found")
     refused(api.send("PUT", ROOT + "photos/none.png", b"x"), 404, "not_found")

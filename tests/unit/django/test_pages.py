@@ -408,3 +408,8 @@ def test_admin_shows_but_does_not_change(site: Client, user: Any, png: Any) -> N
     assert media.name in site.get("/admin/gallery/storedmedia/").content.decode()
     assert site.get("/admin/gallery/storedmedia/add/").status_code == 403
     assert site.get(f"/admin/gallery/storedmedia/{media.pk}/delete/").status_code == 403
+
+
+def test_monitors_ask_with_head(visitor: Client) -> None:
+    for address in ("/", "/accounts/login/", "/healthz"):
+        assert visitor.head(address).status_code == visitor.get(address).status_code != 405, address
