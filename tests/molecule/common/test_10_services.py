@@ -1,0 +1,86 @@
+"""Services, units and the mount, as testinfra finds them over SSH with the rendered inventory."""
+
+from __future__ import annotations
+
+import pytest
+
+OURS = [
+    "tribrick-firewall.service", "glusterd.service", "tribrick-bricks.service", "tribrick-media-guard.service",
+    "tribrick-media-keeper.timer", "tribrick-site.socket", "tribrick-site.service",
+]
+
+
+@pytest.mark.parametrize("unit", [*OURS, "nginx.service"])
+def test_unit_runs_and_starts_at_boot(host, unit):
+    service = host.service(unit)
+    assert service.is_running, host.run(f"journalctl -n 40 --no-pager -u {unit}").stdout
+    # The site is started by its socket or by itself, either way without hands.
+    by_socket = unit == "tribrick-site.service" and host.service("tribrick-site.socket").is_enabled
+    assert service.is_enabled or by_socket
+
+
+@pytest.mark.parametrize("unit", OURS)
+def test_unit_file_is_the_kits(host, unit):
+    path = host.check_output(f"systemctl show --property=FragmentPath --value {unit}")
+    assert path == f"/etc/systemd/system/{unit}"
+    text = host.file(path).content_string
+    assert "Tribrick" in text.splitlines()[0] + text.splitlines()[1]
+
+
+def test_nothing_failed_and_nothing_waits_for_a_reload(host):
+    assert host.check_output("systemctl --failed --no-legend --plain") == ""
+    stale = host.check_output("systemctl show --property=NeedDaemonReload '*.service' '*.timer' '*.socket' '*.mount'")
+    assert "NeedDaemonReload=yes" not in stale
+
+
+def test_bricks_outlive_glusterd_by_their_unit(host):
+    assert host.check_output("systemctl show --property=KillMode --value glusterd") == "process"
+
+
+def test_media_root_is_the_volume(host):
+    mount = host.mount_point("/srv/media")
+    assert mount.exists
+    assert mount.filesystem == "fuse.glusterfs"
+    sentinel = host.file("/srv/media/.tribrick-volume")
+    assert sentinel.is_file
+    assert sentinel.mode == 0o444
+
+
+def test_site_user_has_the_fixed_numbers(host):
+    user = host.user("tribrick")
+    assert (user.uid, user.gid) == (2971, 2971)
+    directory = host.file("/srv/media/photos/0/f")
+    assert directory.is_directory
+    assert (directory.uid, directory.gid) == (2971, 2971)
+
+
+def test_gluster_packages_are_held(host):
+    held = host.check_output("apt-mark showhold").split()
+    assert {"glusterfs-server", "glusterfs-client", "glusterfs-common"} <= set(held)
+
+
+def test_management_tls_is_on_and_the_key_is_private(host):
+    assert host.file("/var/lib/glusterd/secure-access").is_file
+    assert host.file("/etc/ssl/glusterfs.key").mode & 0o077 == 0
+    subject = host.check_output("openssl x509 -in /etc/ssl/glusterfs.pem -noout -subject")
+    assert subject.split("CN")[1].strip(" =") == host.check_output("hostname")
+
+
+def test_brick_ports_are_within_the_range_that_the_firewall_knows(host):
+    ports = [
+        int(line.split()[3].rsplit(":", 1)[1])
+        for line in host.check_output("ss -Hltnp").splitlines() if '"glusterfsd"' in line
+    ]
+    assert ports
+    assert all(49152 <= port <= 49251 for port in ports)
+
+
+def test_only_our_table_was_added(host):
+    assert "table inet tribrick" in host.check_output("nft list tables")
+
+
+def test_site_runs_confined_as_its_own_user(host):
+    pid = host.check_output("systemctl show --property=MainPID --value tribrick-site.service")
+    assert pid != "0"
+    assert host.check_output(f"ps -o user= -p {pid}") == "tribrick"
+    assert "NoNewPrivs:\t1" in host.file(f"/proc/{pid}/status").content_string

@@ -1,0 +1,73 @@
+"""An upload through any node is everywhere at once, and the same bytes."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from helpers import NODES, picture, sha256, wait_until
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_upload_is_read_on_the_others_within_a_second(rig, node):
+    content = picture()
+    row = rig.upload(node, content)
+    start = time.monotonic()
+    for other in NODES:
+        answer = rig.fetch(other, row)
+        assert answer.status_code == 200, f"{other}: {answer.status_code}"
+        assert answer.content == content
+    assert time.monotonic() - start < 1.0
+    assert row["node"] == node
+
+
+def test_same_hash_on_bricks_mounts_and_web_servers(rig):
+    content = picture(300_000)
+    wanted = sha256(content)
+    row = rig.upload("node2", content)
+    for node in NODES:
+        said = rig.ssh(node, f"sha256sum {rig.brick}/{row['name']} {rig.mount}/{row['name']}")
+        on_brick, on_mount = said.split()[::2]
+        assert on_brick == wanted, f"brick of {node}"
+        assert on_mount == wanted, f"mount of {node}"
+        assert sha256(rig.fetch(node, row).content) == wanted, f"web of {node}"
+
+
+def test_delete_is_seen_everywhere(rig):
+    row = rig.upload("node1")
+    answer = rig.request("DELETE", "node3", f"/api/media/{row['name']}", headers=rig.auth)
+    assert answer.status_code == 204
+    del rig.known[row["name"]]
+    for node in NODES:
+        wait_until(f"404 on {node}", lambda node=node: rig.fetch(node, row).status_code == 404, 5)
+        assert rig.request("GET", node, f"/api/media/{row['name']}", headers=rig.auth).status_code == 404
+
+
+def test_new_version_has_a_new_name(rig):
+    old = rig.upload("node1")
+    content = picture()
+    answer = rig.request("PUT", "node2", f"/api/media/{old['name']}", headers=rig.auth,
+                         files={"file": ("second.png", content)})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["name"] != old["name"]
+    assert rig.fetch("node3", answer.json()).content == content
+
+
+def test_volume_is_as_designed(rig):
+    state = rig.volume_state()
+    assert state["status"] == "Started"
+    assert state["replicas"] == "3"
+    assert state["bricks"] == [f"{node}:{rig.brick}" for node in NODES]
+    wanted = {"client.ssl": "on", "server.ssl": "on", "network.ping-timeout": "20", "cluster.quorum-type": "auto"}
+    assert {name: state["options"].get(name) for name in wanted} == wanted
+    assert set(state["options"]["auth.ssl-allow"].split(",")) == set(NODES)
+    assert sorted(rig.bricks_online()) == sorted(NODES)
+
+
+def test_status_page_and_healthz(rig):
+    for node in NODES:
+        assert rig.request("GET", node, "/healthz").json() == {"status": "alive", "node": node}
+        assert json.loads(rig.request("GET", node, "/readyz").text)["status"] == "ready"
+        assert node in rig.request("GET", node, "/").text
