@@ -32,7 +32,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 TEMPLATES = Path(__file__).resolve().parents[3] / "templates"
 REPLICA = 3
-CA_YEARS = 20
+CA_YEARS = 20  # the default lifetime of a site's CA
 # A volume id that no volume has: it marks an inventory copied by hand; the preflight refuses it.
 EXAMPLE_VOLUME_ID = "00000000-0000-4000-8000-000000000000"
 
@@ -71,6 +71,7 @@ class SiteSpec:
     database_url: str | None = None  # or a PostgreSQL of the operator's own
     ssh_user: str | None = None
     ssh_port: int = 22
+    ca_years: int = CA_YEARS
     ssh_private_key: Path | None = None
     known_hosts: Path | None = None
     volume_id: str | None = None  # default: a new one, kept by later renderings
@@ -214,6 +215,8 @@ def check(spec: SiteSpec) -> None:
         raise SiteError(f"'{spec.ssh_user}' is no name of a login user.")
     if not 0 < spec.ssh_port < 65536:
         raise SiteError(f"{spec.ssh_port} is no TCP port for SSH.")
+    if not 1 <= spec.ca_years <= 50:
+        raise SiteError(f"The CA cannot be valid for {spec.ca_years} years: give 1 to 50.")
     for variable in spec.overrides:
         if not _VARIABLE.fullmatch(variable):
             raise SiteError(f"'{variable}' is no name of a variable.")
@@ -272,8 +275,8 @@ def plain_files(spec: SiteSpec, volume_id: str) -> dict[str, str]:
     return files | {f"host_vars/{host}.yml": host_vars.render(host=host) for host in spec.hosts}
 
 
-def make_ca(site: str) -> tuple[str, str]:
-    """Make the key and the self-signed certificate of the pool's own CA, both as PEM."""
+def make_ca(site: str, years: int = CA_YEARS) -> tuple[str, str]:
+    """Make the key and the self-signed certificate of the pool's own CA, both as PEM; valid for so many years."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"tribrick {site} CA")])
     # One day back: a node whose clock is a little behind accepts it too.
@@ -296,7 +299,7 @@ def make_ca(site: str) -> tuple[str, str]:
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=round(CA_YEARS * 365.25)))
+        .not_valid_after(start + datetime.timedelta(days=round(years * 365.25)))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -316,7 +319,7 @@ def vault_text(values: Mapping[str, str]) -> str:
 
 
 def _new_secrets(spec: SiteSpec) -> dict[str, str]:
-    key, certificate = make_ca(spec.name)
+    key, certificate = make_ca(spec.name, spec.ca_years)
     host = spec.database_host
     return {
         "gluster_ca_key": key,

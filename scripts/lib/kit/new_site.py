@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kit.inventory import Resolver, SiteError, SiteSpec, lookup, parse_host, redacted, render
+from kit.inventory import CA_YEARS, Resolver, SiteError, SiteSpec, lookup, parse_host, redacted, render
 
 _EXAMPLE = """\
 example:
@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--domain", default="media.example", help="name that visitors type")
     parser.add_argument("--ssh-user", metavar="USER", help="login user with sudo on every host")
     parser.add_argument(
+        "--ca-years", type=int, default=CA_YEARS, metavar="N", help="lifetime of the site's CA (default: 20)"
+    )
+    parser.add_argument(
         "--directory",
         type=Path,
         default=Path("inventories"),
@@ -93,6 +96,7 @@ def _spec(arguments: argparse.Namespace, resolve: Resolver) -> SiteSpec:
         database_host=database,
         database_url=url,
         ssh_user=arguments.ssh_user,
+        ca_years=arguments.ca_years,
     )
 
 

@@ -163,6 +163,19 @@ def test_the_ca_signs_for_twenty_years_and_nothing_else(tmp_path: Path) -> None:
     assert basic.value.ca
 
 
+@pytest.mark.parametrize("years", [0, 51])
+def test_an_odd_lifetime_of_the_ca_is_refused(years: int, tmp_path: Path) -> None:
+    with pytest.raises(inventory.SiteError, match=f"cannot be valid for {years} years"):
+        inventory.render(dataclasses.replace(SPEC, ca_years=years), tmp_path / "site", tmp_path / "password")
+
+
+def test_the_lifetime_of_the_ca_can_be_chosen() -> None:
+    certificate = x509.load_pem_x509_certificate(inventory.make_ca("site", 3)[1].encode())
+    span = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    assert span.days == round(3 * 365.25)
+
+
+
 def test_a_second_rendering_keeps_secrets_and_volume_id(tmp_path: Path) -> None:
     directory, password = tmp_path / "lab", tmp_path / "password"
     assert inventory.render(SPEC, directory, password, update=True)
