@@ -46,7 +46,7 @@ class ActionModule(ActionBase):
         except AnsibleError as error:
             raise AnsibleActionFail(str(error)) from error
         text = trust_as_template(self._loader.get_text_file_contents(path))
-        folders = list(task_vars.get("ansible_search_path") or []) + [os.path.dirname(path)]
+        folders = [*(task_vars.get("ansible_search_path") or []), os.path.dirname(path)]
         searchpath = [place for folder in folders for place in (os.path.join(folder, "templates"), folder)]
         variables = {"ansible_managed": "Written by Tribrick; changes made here are lost", **task_vars}
         templar = self._templar.copy_with_new_env(searchpath=searchpath, available_variables=variables)

@@ -224,7 +224,9 @@ class Files:
         if found == target:
             return
         if found is None and os.path.lexists(path):
-            self.module.fail_json(msg=f"{path} should be a link to {target} and is something else; move it away and run again")
+            self.module.fail_json(
+                msg=f"{path} should be a link to {target} and is something else; move it away and run again"
+            )
         self.mark(path, f"{found or ''}\n", f"{target}\n")
         if self.module.check_mode:
             return
@@ -262,7 +264,7 @@ def main() -> None:
                 "default": [],
                 "options": {
                     "dest": {"type": "path", "required": True},
-                    # Secrets are hidden by no_log on the task: hiding here would also blind the diff of every other file.
+                    # Secrets are hidden by no_log on the task: hiding here would blind the diff of every other file.
                     "content": {"type": "str", "required": True, "no_log": False},
                     "mode": {"type": "str", "default": "0644"},
                     "validate": {"type": "str"},

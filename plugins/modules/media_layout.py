@@ -51,7 +51,7 @@ LAYOUT = ".tribrick-layout"
 
 
 def file_system(path: str, mounts: str) -> str | None:
-    """Type of the file system mounted exactly at ``path`` (the last one counts), from the text of /proc/self/mounts."""
+    """Type of the file system mounted exactly at ``path`` (the last one counts), from /proc/self/mounts' text."""
     found = None
     for line in mounts.splitlines():
         fields = line.split()
@@ -68,7 +68,8 @@ def tree(directories: list[str], levels: int, width: int) -> list[str]:
         parts = top.strip("/").split("/")
         paths += ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
         for level in range(1, levels + 1):
-            paths += ["/".join((top.strip("/"), *combination)) for combination in itertools.product(names, repeat=level)]
+            combinations = itertools.product(names, repeat=level)
+            paths += ["/".join((top.strip("/"), *combination)) for combination in combinations]
     return list(dict.fromkeys(paths))
 
 
@@ -83,7 +84,7 @@ def read_json(path: str) -> dict | None:
 
 
 def write_json(path: str, value: dict, mode: int) -> None:
-    """Replace a file durably: on GlusterFS the file is synced after it has its final name, a directory sync does nothing."""
+    """Replace a file durably: synced under its final name; GlusterFS does nothing for a directory's sync."""
     temporary = f"{path}.new"
     with open(temporary, "w", encoding="utf-8") as stream:
         json.dump(value, stream, sort_keys=True)
@@ -112,28 +113,32 @@ def main() -> None:
     root, owner = want["path"], (want["uid"], want["gid"])
     if not (0 <= want["levels"] <= 3 and 1 <= want["width"] <= 2 and 16 ** (want["levels"] * want["width"]) <= 65536):
         module.fail_json(msg="levels must be 0 to 3, width 1 or 2, and all hash directories together at most 65536")
-    if any(part in ("", ".", "..") or part.startswith(".") for top in want["directories"] for part in top.strip("/").split("/")):
+    parts = [part for top in want["directories"] for part in top.strip("/").split("/")]
+    if any(not part or part.startswith(".") for part in parts):
         module.fail_json(msg=f"directories must be plain relative names: {want['directories']}")
     with open("/proc/self/mounts", encoding="utf-8") as stream:
         kind = file_system(root, stream.read())
     if kind != "fuse.glusterfs":
         if module.check_mode:
             module.exit_json(changed=True, made=[SENTINEL], msg=f"{root} is not mounted yet")
-        module.fail_json(msg=f"{root} is {kind or 'not mounted'}, expected the GlusterFS volume {want['volume']}; nothing was written")
+        found = kind or "not mounted"
+        module.fail_json(
+            msg=f"{root} is {found}, expected the GlusterFS volume {want['volume']}; nothing was written"
+        )
     sentinel = {"tribrick": 1, "volume": want["volume"], "id": want["volume_id"]}
     layout = {"directories": sorted(want["directories"]), "levels": want["levels"], "width": want["width"]}
     found = read_json(os.path.join(root, SENTINEL))
     if found is not None and found != sentinel:
         module.fail_json(
-            msg=f"the volume at {root} carries the sentinel {found}, the inventory says {sentinel}: this is another site's volume. "
-            "Correct tribrick_volume_id in the inventory, or mount the right volume; nothing was written"
+            msg=f"the volume at {root} carries the sentinel {found}, the inventory says {sentinel}: this is another "
+            "site's volume. Correct tribrick_volume_id in the inventory, or mount the right volume; nothing was written"
         )
     made = []
     stat = os.stat(root)
     if (stat.st_uid, stat.st_gid) != owner or stat.st_mode & 0o777 != 0o755:
         made.append(root)
         if not module.check_mode:
-            os.chmod(root, 0o755)
+            os.chmod(root, 0o755)  # noqa: S103 (nginx, another user, reads the public files)
             os.chown(root, *owner)
     if read_json(os.path.join(root, LAYOUT)) != layout:
         for relative in tree(want["directories"], want["levels"], want["width"]):
@@ -151,7 +156,8 @@ def main() -> None:
         made.append(SENTINEL)
         if not module.check_mode:
             write_json(os.path.join(root, SENTINEL), sentinel, 0o444)
-    module.exit_json(changed=bool(made), made=made if len(made) < 20 else [*made[:10], f"... {len(made) - 11} more", made[-1]])
+    shown = made if len(made) < 20 else [*made[:10], f"... {len(made) - 11} more", made[-1]]
+    module.exit_json(changed=bool(made), made=shown)
 
 
 if __name__ == "__main__":

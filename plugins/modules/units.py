@@ -25,9 +25,15 @@ options:
       state: {description: Wanted state. Leave out to keep it., type: str, choices: [started, stopped]}
       enabled: {description: Whether it starts at boot. Leave out to keep it., type: bool}
       on_change: {description: What to do when one of its files is newer., type: str, choices: [restart, reload]}
-      files: {description: Files that the unit reads when it starts. Missing ones are ignored., type: list, elements: path, default: []}
+      files:
+        description: Files that the unit reads when it starts. Missing ones are ignored.
+        type: list
+        elements: path
+        default: []
       proof:
-        description: Command that succeeds while the unit's work is in effect. When it fails although the unit is active, the unit is restarted.
+        description:
+          - Command that succeeds while the unit's work is in effect.
+          - When it fails although the unit is active, the unit is restarted.
         type: list
         elements: str
   timeout:
@@ -91,7 +97,8 @@ def main() -> None:
 
     def systemctl(*words: str) -> tuple[int, str, str]:
         limit = str(module.params["timeout"])
-        return module.run_command(["timeout", "--kill-after=5", limit, "systemctl", *words], environ_update={"LC_ALL": "C"})
+        command = ["timeout", "--kill-after=5", limit, "systemctl", *words]
+        return module.run_command(command, environ_update={"LC_ALL": "C"})
 
     def show() -> dict:
         code, out, err = systemctl("show", "--property", ",".join(PROPERTIES), *names)
@@ -119,7 +126,8 @@ def main() -> None:
             if code == 0:
                 continue
             log = module.run_command(["journalctl", "--no-pager", "--lines=15", "--output=cat", f"--unit={name}"])[1]
-            why = "took longer than {} s".format(module.params["timeout"]) if code in (124, 137) else (err or out).strip()
+            late = f"took longer than {module.params['timeout']} s"
+            why = late if code in (124, 137) else (err or out).strip()
             module.fail_json(msg=f"systemctl {verb} {name} failed: {why}", journal=log.splitlines(), actions=actions)
     module.exit_json(changed=bool(actions), actions=actions)
 

@@ -27,7 +27,7 @@ StateChangeTimestampMonotonic=0
 
 
 def unit(active: str = "active", enabled: str = "enabled", started: float = 10.0, changed: float = 10.0) -> Unit:
-    return Unit(name="x.service", loaded=True, active=active, enabled=enabled, stale=False, started=started, changed=changed)
+    return Unit("x.service", True, active, enabled, False, started, changed)
 
 
 def wanted(**changes: object) -> dict:
