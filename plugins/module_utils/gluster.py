@@ -182,7 +182,7 @@ def parse_failure(text: str) -> str | None:
     if code == 0:
         return None
     words = (root.findtext("opErrstr") or "").strip()
-    return words or f"opRet {code}, opErrno {(root.findtext('opErrno') or '?').strip()}, no text"
+    return words or f"opRet {code}, opErrno {(root.findtext('opErrno') or '?').strip()}{_NO_TEXT}"
 
 
 def parse_pool(text: str) -> list[Peer]:
@@ -864,6 +864,8 @@ _BUSY = re.compile(
     r"unable to (get|acquire) lock|failed to acquire lock|operation already in progress",
     re.IGNORECASE,
 )
+_NO_TEXT = ", no text"
+READ_PATIENCE = 15.0  # seconds
 _NO_DAEMON = re.compile(r"connection failed|is gluster ?d(aemon)? (running|operational)", re.I)
 
 
@@ -937,7 +939,17 @@ class Cli:
         raise kind(words, command, self.host)
 
     def _ask(self, reader: Callable[[str], T], *arguments: str) -> T:
-        text = self.xml(*arguments)
+        """Read something. While a peer joins, glusterd refuses reads for a moment, without a word: ask again then."""
+        deadline = time.monotonic() + READ_PATIENCE
+        while True:
+            try:
+                text = self.xml(*arguments)
+                break
+            except GlusterError as error:
+                passing = isinstance(error, GlusterBusy) or error.message.endswith(_NO_TEXT)
+                if not passing or time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.5)
         try:
             return reader(text)
         except GlusterError as error:

@@ -24,7 +24,7 @@ from kit.run import Console, KitError, capture, stream
 ROOT = Path(__file__).resolve().parents[3]
 LOGS = ROOT / ".lab" / "test"
 BIN = Path(sys.executable).parent
-LAB = "test"  # a lab of its own: somebody's lab `lab` is left alone
+LAB = "fresh"  # a lab of its own: somebody's lab `lab` is left alone
 UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0
 # Skips that are facts of the machine and say so; any other skipped test counts as failed.

@@ -9,5 +9,5 @@ def test_packages_came_with_the_rollout(host):
 
 
 def test_wheels_came_from_the_controller(host):
-    assert host.run("ls /opt/tribrick/wheelhouse/*.whl").rc == 0
+    assert host.run("ls /opt/tribrick/wheelhouse/*.tar").rc == 0
     assert host.file("/opt/tribrick/site").is_symlink
