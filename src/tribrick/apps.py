@@ -1,0 +1,12 @@
+"""The Django app: the catalog and its commands."""
+
+from django.apps import AppConfig
+
+
+class TribrickConfig(AppConfig):
+    """Name it in ``INSTALLED_APPS`` as ``"tribrick"``."""
+
+    name = "tribrick"
+    label = "tribrick"
+    verbose_name = "Tribrick media"
+    default_auto_field = "django.db.models.BigAutoField"
