@@ -6,6 +6,9 @@ Rows are written by :mod:`tribrick.catalog` only, so that each change of a file 
 
 from __future__ import annotations
 
+from datetime import datetime
+from typing import Any
+
 from django.conf import settings
 from django.core.files.storage import storages
 from django.db import models
@@ -18,8 +21,12 @@ class Media(models.Model):
     *current* is the version to show; it is empty when every version is deleted.
     """
 
-    created = models.DateTimeField(default=timezone.now)
-    current = models.ForeignKey("MediaFile", models.SET_NULL, null=True, blank=True, related_name="+")
+    created: models.DateTimeField[datetime, datetime] = models.DateTimeField(default=timezone.now)
+    versions: Any  # the manager of the related files
+    current_id: int | None
+    current: models.ForeignKey[MediaFile | None, MediaFile | None] = models.ForeignKey(
+        "MediaFile", models.SET_NULL, null=True, blank=True, related_name="+"
+    )
 
     class Meta:
         verbose_name = "logical file"
@@ -42,19 +49,27 @@ class MediaFile(models.Model):
     In the states ``deleted`` and ``purged`` the row is a tombstone: the name is never alive again.
     """
 
-    name = models.CharField(max_length=255, unique=True)
-    storage = models.CharField(max_length=64, default="default", help_text="The key in STORAGES.")
-    original = models.CharField("original name", max_length=1024, blank=True)
-    sha256 = models.CharField("SHA-256", max_length=64)
-    size = models.BigIntegerField()
-    content_type = models.CharField(max_length=100, blank=True)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.SET_NULL, null=True, blank=True, related_name="+")
-    node = models.CharField("origin node", max_length=253, blank=True)
-    created = models.DateTimeField(default=timezone.now)
-    state = models.CharField(max_length=7, choices=State.choices, default=State.STORED)
-    deleted = models.DateTimeField(null=True, blank=True)
-    logical = models.ForeignKey(Media, models.PROTECT, null=True, blank=True, related_name="versions")
-    version = models.PositiveIntegerField(default=1)
+    name: models.CharField[str, str] = models.CharField(max_length=255, unique=True)
+    storage: models.CharField[str, str] = models.CharField(
+        max_length=64, default="default", help_text="The key in STORAGES."
+    )
+    original: models.CharField[str, str] = models.CharField("original name", max_length=1024, blank=True)
+    sha256: models.CharField[str, str] = models.CharField("SHA-256", max_length=64)
+    size: models.BigIntegerField[int, int] = models.BigIntegerField()
+    content_type: models.CharField[str, str] = models.CharField(max_length=100, blank=True)
+    owner: models.ForeignKey[Any, Any] = models.ForeignKey(
+        settings.AUTH_USER_MODEL, models.SET_NULL, null=True, blank=True, related_name="+"
+    )
+    node: models.CharField[str, str] = models.CharField("origin node", max_length=253, blank=True)
+    created: models.DateTimeField[datetime, datetime] = models.DateTimeField(default=timezone.now)
+    state: models.CharField[str, str] = models.CharField(max_length=7, choices=State.choices, default=State.STORED)
+    deleted: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True, blank=True)
+    logical: models.ForeignKey[Media | None, Media | None] = models.ForeignKey(
+        Media, models.PROTECT, null=True, blank=True, related_name="versions"
+    )
+    logical_id: int | None
+    owner_id: Any
+    version: models.PositiveIntegerField[int, int] = models.PositiveIntegerField(default=1)
 
     class Meta:
         verbose_name = "stored file"
@@ -93,13 +108,15 @@ class Change(models.Model):
     is made of again.
     """
 
-    number = models.BigIntegerField(null=True, unique=True, editable=False)
-    kind = models.CharField(max_length=7, choices=Kind.choices)
-    name = models.CharField(max_length=255, db_index=True)
-    sha256 = models.CharField(max_length=64)
-    size = models.BigIntegerField()
-    at = models.DateTimeField(default=timezone.now)
-    details = models.JSONField(default=dict, blank=True)
+    number: models.BigIntegerField[int | None, int | None] = models.BigIntegerField(
+        null=True, unique=True, editable=False
+    )
+    kind: models.CharField[str, str] = models.CharField(max_length=7, choices=Kind.choices)
+    name: models.CharField[str, str] = models.CharField(max_length=255, db_index=True)
+    sha256: models.CharField[str, str] = models.CharField(max_length=64)
+    size: models.BigIntegerField[int, int] = models.BigIntegerField()
+    at: models.DateTimeField[datetime, datetime] = models.DateTimeField(default=timezone.now)
+    details: models.JSONField[Any, Any] = models.JSONField(default=dict, blank=True)
 
     def __str__(self) -> str:
         return f"{self.number}: {self.kind} {self.name}"
@@ -108,7 +125,7 @@ class Change(models.Model):
 class Counter(models.Model):
     """The last number given, on databases other than PostgreSQL (which has a sequence for it)."""
 
-    value = models.BigIntegerField(default=0)
+    value: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
 
     def __str__(self) -> str:
         return str(self.value)
@@ -117,9 +134,9 @@ class Counter(models.Model):
 class Node(models.Model):
     """How far the ledger of one node is. A tombstone expires only after all of them have it."""
 
-    name = models.CharField(max_length=253, unique=True)
-    number = models.BigIntegerField(default=0)
-    seen = models.DateTimeField(default=timezone.now)
+    name: models.CharField[str, str] = models.CharField(max_length=253, unique=True)
+    number: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
+    seen: models.DateTimeField[datetime, datetime] = models.DateTimeField(default=timezone.now)
 
     def __str__(self) -> str:
         return f"{self.name} at {self.number}"
@@ -135,16 +152,16 @@ class Operation(models.TextChoices):
 class Outbox(models.Model):
     """Work for one host, written in the transaction it belongs to; done in order of id per host and name."""
 
-    name = models.CharField(max_length=255, db_index=True)
-    operation = models.CharField(max_length=6, choices=Operation.choices)
-    host = models.CharField(max_length=255)
-    sha256 = models.CharField(max_length=64, blank=True)
-    size = models.BigIntegerField(default=0)
-    created = models.DateTimeField(default=timezone.now)
-    attempts = models.PositiveIntegerField(default=0)
-    not_before = models.DateTimeField(default=timezone.now)
-    last_error = models.TextField(blank=True)
-    done = models.DateTimeField(null=True, blank=True)
+    name: models.CharField[str, str] = models.CharField(max_length=255, db_index=True)
+    operation: models.CharField[str, str] = models.CharField(max_length=6, choices=Operation.choices)
+    host: models.CharField[str, str] = models.CharField(max_length=255)
+    sha256: models.CharField[str, str] = models.CharField(max_length=64, blank=True)
+    size: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
+    created: models.DateTimeField[datetime, datetime] = models.DateTimeField(default=timezone.now)
+    attempts: models.PositiveIntegerField[int, int] = models.PositiveIntegerField(default=0)
+    not_before: models.DateTimeField[datetime, datetime] = models.DateTimeField(default=timezone.now)
+    last_error: models.TextField[str, str] = models.TextField(blank=True)
+    done: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True, blank=True)
 
     class Meta:
         verbose_name = "delivery"
