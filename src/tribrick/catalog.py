@@ -243,9 +243,15 @@ class _Moved(Exception):
     pass
 
 
-def _change(file: MediaFile, kind: Kind, details: dict[str, Any] | None = None) -> None:
+def _change(file: MediaFile, kind: Kind, details: dict[str, Any] | None = None, at: datetime | None = None) -> None:
     Change.objects.using(database()).create(
-        number=_number(), kind=kind, name=file.name, sha256=file.sha256, size=file.size, details=details or {}
+        number=_number(),
+        kind=kind,
+        name=file.name,
+        sha256=file.sha256,
+        size=file.size,
+        at=at or timezone.now(),
+        details=details or {},
     )
 
 
@@ -298,7 +304,7 @@ def _bury(file: MediaFile) -> None:
     if file.state == State.STORED:
         file.state, file.deleted = State.DELETED, timezone.now()
         file.save(update_fields=["state", "deleted"])
-        _change(file, Kind.DELETED)
+        _change(file, Kind.DELETED, at=file.deleted)
     if file.state == State.DELETED:
         transaction.on_commit(lambda: _purge_after_commit(file), using=database())
 
