@@ -10,3 +10,7 @@ class TribrickConfig(AppConfig):
     label = "tribrick"
     verbose_name = "Tribrick media"
     default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Register the system checks."""
+        from tribrick import checks  # noqa: F401

@@ -21,6 +21,18 @@ key                     default                  meaning
                                                  ``address`` and, where ``reconcile`` may write to
                                                  a path, ``"writable": True``
 ``LEDGER``              none                     the path of this node's ledger (SQLite)
+``MEDIA_HOSTS``         none                     hosts (``address`` or ``address:port``) of the
+                                                 storages with media hosts, see docs/storages.md
+``WRITE_QUORUM``        a majority               how many of them must confirm a save: a number or
+                                                 ``"all"``
+``FATAL_EXCEPTIONS``    ``True``                 a save without quorum is undone and raises;
+                                                 ``False``: it is logged and completed later
+``SHOW_TRACEBACK``      ``False``                log the traceback of each host's failure
+``TIMEOUT``             2                        seconds for one whole operation on all hosts, ...
+``MINIMUM_RATE``        1 MiB                    ... and more for the bytes it moves, at this rate a
+                                                 second
+``TRANSPORT``           none                     arguments for the transport: ``ca``,
+                                                 ``certificate``, ``key``, ``hmac_key``, ...
 ======================  =======================  ==================================================
 """
 
@@ -44,6 +56,13 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "NODES": (),
     "COPIES": (),
     "LEDGER": None,
+    "MEDIA_HOSTS": (),
+    "WRITE_QUORUM": None,
+    "FATAL_EXCEPTIONS": True,
+    "SHOW_TRACEBACK": False,
+    "TIMEOUT": 2.0,
+    "MINIMUM_RATE": 1024 * 1024,
+    "TRANSPORT": {},
 }
 
 
