@@ -24,7 +24,7 @@ from django.test import override_settings
 
 from tribrick import names
 from tribrick.errors import FULL, UNAVAILABLE
-from tribrick.storage import StorageFull, StorageUnavailable, VolumeStorage
+from tribrick.storage import StorageFull, StorageUnavailable, VolumeStorage, mount, opened, saving
 from tribrick.storage import volume as module
 
 FilesIn = Callable[[Path], list[str]]
@@ -36,7 +36,7 @@ def storage(volume: Path) -> VolumeStorage:
 
 
 class Recorder:
-    """Stands for the module's ``os``: passes calls on, notes them, fails one on demand."""
+    """Stands for the modules' ``os``: passes calls on, notes them, fails one on demand."""
 
     WATCHED = ("open", "write", "fsync", "close", "unlink", "mkdir", "stat", "fstat", "fchmod", "rename", "link")
 
@@ -75,8 +75,13 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder(os)
-    monkeypatch.setattr(module, "os", made)
+    take_over(monkeypatch, made)
     return made
+
+
+def take_over(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> None:
+    for part in (module, mount, saving, opened):
+        monkeypatch.setattr(part, "os", recorder)
 
 
 # Success
@@ -146,11 +151,16 @@ def test_an_existing_name_is_never_overwritten(
     assert (volume / name).read_bytes() == b"first"
 
 
-@pytest.mark.parametrize("mode", ["w", "wb", "a", "r+b", "xb"])
-def test_stored_files_cannot_be_opened_for_writing(storage: VolumeStorage, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["w", "wb", "a", "r+b", "xb", "w+", "rw", "btw", "q", ""])
+def test_stored_files_cannot_be_opened_for_writing(
+    storage: VolumeStorage, volume: Path, files_in: FilesIn, mode: str
+) -> None:
     name = storage.save("photos/a.bin", ContentFile(b"first"))
-    with pytest.raises(io.UnsupportedOperation):
+    taken = mode in {"w", "wb", "xb", "w+"}
+    with pytest.raises(FileExistsError if taken else io.UnsupportedOperation, match="never changed"):
         storage.open(name, mode)
+    assert (volume / name).read_bytes() == b"first"
+    assert files_in(volume) == [name]
 
 
 # Content
@@ -430,7 +440,7 @@ def test_stale_handles_are_tried_once_more(
 def test_the_second_try_has_another_name(storage: VolumeStorage, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first create may have happened on the bricks although it was reported as failed."""
     recorder = Recorder(os)
-    monkeypatch.setattr(module, "os", recorder)
+    take_over(monkeypatch, recorder)
     lied: list[str] = []
     real = recorder._wrap
 
