@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from django.conf import settings
-from django.core.exceptions import SuspiciousFileOperation
+from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files import File
 from django.core.files.storage import Storage
 from django.utils.deconstruct import deconstructible
@@ -91,7 +91,7 @@ class DerivedStorage(VolumeStorage):
         if os.path.commonpath([root, location]) == root:
             return root
         if self._root is not None:
-            raise SuspiciousFileOperation(f"the location {location} is not in the volume {root}")
+            raise ImproperlyConfigured(f"the location {location} is not in the volume {root}")
         return location
 
     def _prefix(self) -> str:
