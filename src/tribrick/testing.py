@@ -19,7 +19,7 @@ changed while it runs:
 ``secrets``          key ids and secrets; a request must then be signed (401 otherwise)
 ===================  ==================================================================
 
-``log`` has ``(method, path, status)`` of every request, status 0 when the connection was reset.
+``log`` has ``(method, path, status)`` of every request, status 0 when it was reset before an answer.
 """
 
 from __future__ import annotations
@@ -231,18 +231,21 @@ class _Handler(BaseHTTPRequestHandler):
         owner = self.server.owner
         with owner._busy:
             owner._requests += 1
-        status = 0
+        answered = False
         try:
             owner.headers.append(dict(self.headers))
             body = self._read()
             if owner.slow and owner._stopping.wait(owner.slow):
                 raise _Reset
             status, answer = self._decide(work, body)
+            answered = True
+            owner.log.append((self.command, self.path, status))
             self._answer(status, answer)
         except (_Reset, OSError):
+            if not answered:
+                owner.log.append((self.command, self.path, 0))
             self._reset()
         finally:
-            owner.log.append((self.command, self.path, status))
             with owner._busy:
                 owner._requests -= 1
                 owner._busy.notify_all()
