@@ -9,7 +9,6 @@ import io
 import itertools
 import os
 import threading
-import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,30 +209,6 @@ def test_closed_content(storage: VolumeStorage, volume: Path, files_in: FilesIn,
         with pytest.raises(ValueError, match="closed"):
             storage.save("photos/x.bin", closed)
     assert files_in(volume) == [name]
-
-
-def test_300_mb_in_little_memory(storage: VolumeStorage, volume: Path) -> None:
-    class Stream(io.RawIOBase):
-        left = 300 * 2**20
-
-        def readable(self) -> bool:
-            return True
-
-        def read(self, size: int = -1) -> bytes:  # type: ignore[override]
-            assert 0 < size <= 2**20, "asked for more than a chunk"
-            size = min(size, self.left)
-            self.left -= size
-            return b"\xa5" * size
-
-    tracemalloc.start()
-    try:
-        stored = storage.store(File(Stream()), "photos/big.bin")  # type: ignore[arg-type]
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert stored.size == (volume / stored.name).stat().st_size == 300 * 2**20
-    assert peak < 16 * 2**20
-    (volume / stored.name).unlink()
 
 
 # The sentinel
