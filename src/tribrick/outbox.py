@@ -222,8 +222,7 @@ class Worker:
                     )
                     threads[host].start()
             if timezone.now() - cleaned > timedelta(hours=1):
-                close_old_connections()
-                remove_done()
+                self._with_connection(remove_done)
                 cleaned = timezone.now()
             stop.wait(self._pause)
         for thread in threads.values():

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from django.conf import settings
 from django.core.files.base import ContentFile
-from django.db import connections
+from django.db import OperationalError, connections
 from django.utils import timezone
 
 from tribrick import catalog, outbox
@@ -306,6 +306,35 @@ def test_a_host_that_hangs_holds_up_no_other(site: Any, servers: Hosts, waiting:
         hosts[0].stop()
         worker.join(10)
     assert not worker.is_alive()
+
+
+def test_a_worker_outlives_an_outage_of_the_database(site: Any, servers: Hosts, database_away: Any) -> None:
+    hosts = servers(1)
+    storage = site("async", hosts)
+    name = storage.save("a.txt", ContentFile(b"x"))
+    stop = threading.Event()
+    stumbled = threading.Event()
+    worker = Worker(pause=0.05)
+    real = worker._follow
+
+    def follow(*arguments: Any) -> None:
+        try:
+            real(*arguments)
+        except OperationalError:
+            stumbled.set()
+            raise
+
+    worker._follow = follow  # type: ignore[method-assign]
+    thread = threading.Thread(target=worker.run, args=(stop,))
+    try:
+        with database_away():
+            thread.start()
+            assert stumbled.wait(10)
+        wait_for(lambda: hosts[0].files == {name: b"x"}, "the delivery after the outage")
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_failures_are_tried_again_with_longer_pauses(site: Any, servers: Hosts, make_due: Any) -> None:
