@@ -52,6 +52,10 @@ class DerivedStorage(VolumeStorage):
     A name is used as it is given. What is no plain name (``..``, a part that begins with a dot,
     control characters) is refused and not mended, since two names must never become one.
 
+    With *unique_names* each save gets a new name, as in ``VolumeStorage``. Wagtail needs that: it
+    makes a rendition again and then deletes the old one, which must not have the same name. The
+    library must keep the name that ``save`` returned.
+
     *root* is the directory with the sentinel: ``MEDIA_ROOT`` if the location lies in it, else the
     location.
     """
@@ -65,9 +69,11 @@ class DerivedStorage(VolumeStorage):
         *,
         root: str | os.PathLike[str] | None = None,
         sentinel_id: str | bool | None = None,
+        unique_names: bool = False,
     ) -> None:
         super().__init__(location, base_url, file_permissions_mode, directory_permissions_mode, sentinel_id=sentinel_id)
         self._given_location, self._given_url = location, base_url
+        self._unique_names = unique_names
         self._root = os.path.abspath(root) if root is not None else None
 
     @cached_property
@@ -107,17 +113,21 @@ class DerivedStorage(VolumeStorage):
 
     def get_valid_name(self, name: str) -> str:
         """Return a model field's file name as Django makes it safe."""
+        if self._unique_names:
+            return super().get_valid_name(name)
         return Storage.get_valid_name(self, name)
 
     def get_available_name(self, name: str, max_length: int | None = None) -> str:
         """Return *name*: it is available, since saving replaces."""
+        if self._unique_names:
+            return super().get_available_name(name, max_length)
         name = str(name).replace("\\", "/")
         if max_length and len(name) > max_length:
             raise SuspiciousFileOperation(f"{name!r} is longer than {max_length} characters")
         return name
 
     def _name_after_stale(self, name: str) -> str:
-        return name
+        return super()._name_after_stale(name) if self._unique_names else name
 
     def _saving(self, mount: Mount, relative: str) -> Saving:
         return Replacing(mount, relative)

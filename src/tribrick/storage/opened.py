@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 from django.core.files import File
 
@@ -236,6 +236,22 @@ def _exists(relative: str, root: int) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+class OpenedFile(File):  # type: ignore[type-arg]
+    """A stored file opened for reading. ``open`` opens it again after ``close``, as libraries expect."""
+
+    def __init__(self, file: IO[Any], name: str, again: Callable[[str], IO[Any]]) -> None:
+        super().__init__(file, name)
+        self._again = again
+
+    def open(self, mode: str | None = None, *args: Any, **kwargs: Any) -> OpenedFile:  # noqa: ARG002
+        """Go to the start, after opening the file again if it was closed."""
+        if self.closed:
+            self.file = self._again(mode or "rb")
+        else:
+            self.seek(0)
+        return self
 
 
 class NewFile(File):  # type: ignore[type-arg]

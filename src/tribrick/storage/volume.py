@@ -26,7 +26,7 @@ from tribrick.errors import StorageUnavailable
 from tribrick.sentinel import Sentinel
 from tribrick.storage.guard import Call, guard_for
 from tribrick.storage.mount import Mount
-from tribrick.storage.opened import BUFFER, NewFile, Reader, Writer
+from tribrick.storage.opened import BUFFER, NewFile, OpenedFile, Reader, Writer
 from tribrick.storage.saving import CHUNK, TEMPORARY, Saving
 
 Piece: TypeAlias = bytes | memoryview
@@ -252,12 +252,16 @@ class VolumeStorage(FileSystemStorage):
         kind = "".join(sorted(set(mode) - set("bt")))
         if kind not in {"r", "w", "x", "+w", "+x"} or {"b", "t"} <= set(mode):
             raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
-        relative, mount = self._relative(name), self._mount()
         if kind == "r":
-            return File(_as_text(io.BufferedReader(Reader(mount, relative), BUFFER), mode), name)
-        raw = Writer(mount, relative)
+            return OpenedFile(self._reader(name, mode), name, functools.partial(self._reader, name))
+        raw = Writer(self._mount(), self._relative(name))
         buffered = io.BufferedRandom(raw, BUFFER) if "+" in mode else io.BufferedWriter(raw, BUFFER)
         return NewFile(raw, _as_text(buffered, mode), name)
+
+    def _reader(self, name: str, mode: str) -> IO[Any]:
+        if set(mode) - set("rbt"):
+            raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
+        return _as_text(io.BufferedReader(Reader(self._mount(), self._relative(name)), BUFFER), mode)
 
     def _stat(self, name: str) -> os.stat_result:
         relative = self._relative(name)
@@ -326,8 +330,8 @@ def _pieces(source: File[Any]) -> Iterator[Piece]:
             yield data
 
 
-def _as_text(buffered: Any, mode: str) -> Any:
-    return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
+def _as_text(buffered: Any, mode: str) -> IO[Any]:
+    return cast("IO[Any]", buffered) if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -340,7 +344,7 @@ def _readable(content: File[Any]) -> Iterator[File[Any]]:
     if not content.closed:
         yield content
         return
-    if hasattr(content, "storage"):  # the file of a model's field: its storage knows the way
+    if hasattr(content, "storage") or isinstance(content, OpenedFile):  # its storage knows the way
         yield content.open("rb")
         content.close()
         return

@@ -17,6 +17,7 @@ from django.db.migrations.writer import MigrationWriter
 from django.test import override_settings
 from django.utils.module_loading import import_string
 
+from tribrick import names
 from tribrick.storage import DerivedStorage, StorageFull, StorageUnavailable, VolumeStorage, derived, saving
 
 FilesIn = Callable[[Path], list[str]]
@@ -112,6 +113,19 @@ def test_other_names_are_refused(storage: DerivedStorage, volume: Path, files_in
     with pytest.raises(refused):
         storage._save(name, ContentFile(b"x"))
     assert files_in(volume) == []
+
+
+def test_unique_names(volume: Path, files_in: FilesIn) -> None:
+    """A library that saves again before it deletes the old one keeps the new one."""
+    storage = DerivedStorage(location=volume / "derived", root=volume, base_url="/d", unique_names=True)
+    old = storage.save("a/x.100x100.jpg", ContentFile(b"old"))
+    new = storage.save("a/x.100x100.jpg", ContentFile(b"new"))
+    storage.delete(old)
+    assert files_in(volume) == [f"derived/{new}"]
+    assert names.parse(new, 2, 1)
+    assert len(storage.get_available_name("a/" + "x" * 100, max_length=40)) <= 40
+    with storage.open(new) as file:
+        assert file.read() == b"new"
 
 
 def test_lengths(storage: DerivedStorage) -> None:

@@ -126,6 +126,22 @@ def test_a_copy_is_stored_from_an_open_file(storage: VolumeStorage, volume: Path
     assert (volume / copy).read_bytes() == data
 
 
+def test_a_closed_file_is_opened_again(storage: VolumeStorage, volume: Path) -> None:
+    """``FieldFile.open`` counts on it, and with it every library of thumbnails."""
+    name = storage.save("photos/a.bin", ContentFile(b"0123"))
+    file = storage.open(name)
+    assert file.read() == b"0123"
+    assert file.open().read() == b"0123"
+    file.close()
+    assert file.open("rb").read() == b"0123"
+    file.close()
+    copy = storage.save("photos/b.bin", file)
+    assert (volume / copy).read_bytes() == b"0123"
+    with pytest.raises(io.UnsupportedOperation):
+        file.open("wb")
+    assert descriptors(volume) == []
+
+
 def test_directories_are_no_files(storage: VolumeStorage, volume: Path) -> None:
     (volume / "photos").mkdir()
     with pytest.raises(IsADirectoryError):
