@@ -34,6 +34,7 @@ from tribrick import catalog, names
 from tribrick.conf import setting
 from tribrick.ledger import Known, Ledger
 from tribrick.models import Change, Kind, MediaFile, State
+from tribrick.storage.saving import TEMPORARY, temporary_beside
 from tribrick.storage.volume import StoredFile
 
 CHUNK: Final = 1024 * 1024
@@ -44,7 +45,6 @@ YOUNG: Final = timedelta(hours=1)
 SETTLED: Final = timedelta(hours=24)
 QUARANTINE: Final = ".tribrick-quarantine"
 QUARANTINE_AGE: Final = timedelta(days=30)
-REPAIR_PREFIX: Final = ".tribrick-repair-"
 KINDS: Final = ("missing", "torn", "different", "unreadable", "dead", "extra")
 _TAIL: Final = 4096
 Progress = Callable[[str, int, int], None]
@@ -168,7 +168,7 @@ class PathCopy(Copy):
                 continue
             below = []
             for entry in listed:
-                if not directory and entry.name.startswith("."):
+                if not directory and entry.name.startswith(".") and not TEMPORARY.fullmatch(entry.name):
                     continue
                 name = f"{directory}/{entry.name}" if directory else entry.name
                 if entry.is_dir(follow_symlinks=False):
@@ -196,7 +196,7 @@ class PathCopy(Copy):
             return super().put(known, source)
         target = self._path(known.name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        new = target.with_name(REPAIR_PREFIX + secrets.token_hex(8))
+        new = Path(temporary_beside(str(target)))
         mode = getattr(self.storage, "file_permissions_mode", None)
         hasher = hashlib.sha256()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644 if mode is None else mode)
@@ -581,7 +581,8 @@ class Audit:
                 if time.time() - found.changed < YOUNG.total_seconds():
                     self.report.young += 1
                 else:
-                    note = "made by our code" if is_own(found.name) else "foreign"
+                    ours = is_own(found.name) or _is_temporary(found.name)
+                    note = "made by our code" if ours else "foreign"
                     self.report.findings.append(Finding(copy.name, "extra", found.name, note))
             met += len(batch)
             self.progress(copy.name, met, met)
@@ -628,6 +629,10 @@ def _batches(walked: Iterable[Found]) -> Iterator[list[Found]]:
     iterator = iter(walked)
     while batch := list(islice(iterator, PAGE)):
         yield batch
+
+
+def _is_temporary(name: str) -> bool:
+    return bool(TEMPORARY.fullmatch(names.basename(name)))
 
 
 def is_own(name: str, alias: str = "default") -> bool:
@@ -741,7 +746,7 @@ class Strays:
     young: int = 0
     foreign: list[Found] = field(default_factory=list)
     dead: list[Known] = field(default_factory=list)
-    rests: list[Found] = field(default_factory=list)  # temporary files of a killed repair
+    rests: list[Found] = field(default_factory=list)  # temporary files of killed processes
 
 
 def settled_before() -> datetime:
@@ -787,7 +792,7 @@ def strays(alias: str = "default", progress: Progress = _no_progress) -> Strays:
             if one.name in known:
                 if known[one.name].state != "stored":
                     found.dead.append(known[one.name])
-            elif one.name.rpartition("/")[2].startswith(REPAIR_PREFIX):
+            elif _is_temporary(one.name):
                 if one.changed < limit:
                     found.rests.append(one)
             elif not is_own(one.name, alias):

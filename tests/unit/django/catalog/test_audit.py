@@ -372,7 +372,7 @@ def test_reconcile(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (day,) = (root() / audit.QUARANTINE).iterdir()
     assert (day / torn.name).read_bytes() == bytes(5000)
     assert (root() / audit.QUARANTINE).stat().st_mode & 0o777 == 0o700
-    assert not list(root().rglob(".tribrick-repair-*"))
+    assert not list(root().rglob(".*.part"))
     code, said = tribrick("audit")
     assert {one["kind"] for one in said["findings"]} == {"missing", "extra"}
 
@@ -418,7 +418,7 @@ def test_a_source_that_changes_while_it_is_read(mirror: Path, monkeypatch: pytes
     monkeypatch.setattr(audit.PathCopy, "put", late)
     code, said = tribrick("reconcile", "--apply", "--host", "storage")
     assert code == 1 and "changed while" in said["repairs"][0]["what"]
-    assert (root() / row.name).read_bytes() == b"bad" and not list(root().rglob(".tribrick-repair-*"))
+    assert (root() / row.name).read_bytes() == b"bad" and not list(root().rglob(".*.part"))
 
 
 @pytest.fixture
@@ -426,10 +426,9 @@ def hosts(tribrick_settings: Settings) -> Iterator[list[TestHttpServer]]:
     """Three media hosts that take the place of the volume."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(TestHttpServer()) for _ in range(3)]
-        backend = {
-            "BACKEND": "tribrick.storage.DistributedStorage",
-            "OPTIONS": {"hosts": [server.host for server in servers], "base_url": "/media/", "write_quorum": "all"},
-        }
+        # As settings, not as OPTIONS: Django 4.2 loses those when STORAGES is overridden in a test.
+        tribrick_settings(MEDIA_HOSTS=[server.host for server in servers], WRITE_QUORUM="all")
+        backend = {"BACKEND": "tribrick.storage.DistributedStorage"}
         stack.enter_context(override_settings(STORAGES={**settings.STORAGES, "default": backend}))
         yield servers
 
@@ -526,6 +525,19 @@ def test_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     day.with_name(kept).rename(day.with_name(old))
     assert tribrick("sweep", "--apply")[1]["expired"] == 1
     assert list((root() / audit.QUARANTINE).iterdir()) == []
+
+
+def test_sweep_takes_temporary_files_of_killed_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    (root() / "photos").mkdir()
+    rests = {"photos/." + "a" * 20 + ".part", "." + "b" * 20 + ".part"}
+    for name in rests | {".hidden", "photos/.hidden", "photos/." + "a" * 19 + ".part"}:
+        (root() / name).write_bytes(b"half")
+    assert tribrick("sweep", "--apply", "--accept", "2")[1]["quarantined"] == []
+    age(root(), monkeypatch)
+    assert not rests & set(tribrick("adopt")[1]["adopted"])
+    said = tribrick("sweep", "--apply", "--accept", "2")[1]
+    assert set(said["quarantined"]) == rests and len(said["foreign"]) == 2
+    assert (root() / ".hidden").exists() and (root() / "photos/.hidden").exists()
 
 
 def test_sweep_refuses_more_than_one_in_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
