@@ -34,7 +34,7 @@ from tribrick.storage import ReplicationError, TransportError, UnexpectedStatusC
 from tribrick.storage.transport import HostUnreachable, TransportTimeout
 
 HOSTS = ["a", "b", "c"]
-FAULTS = ["none", "none", "refused", "unanswered", "late", "lost"]
+FAULTS = [*["none"] * 6, "refused", "unanswered", "late", "late", "lost"]
 
 
 class World:
