@@ -55,6 +55,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Any]]:
                     },
                 )
             )
+            vars(storages).update(backends=settings.STORAGES, _storages={})  # 4.2 loses overridden OPTIONS
             return storages["default"]
 
         yield configure

@@ -125,6 +125,7 @@ class Machine(RuleBasedStateMachine):
             "OPTIONS": {"hosts": HOSTS, "transport": self.world, **options},
         }
         self.stack.enter_context(override_settings(STORAGES={**settings.STORAGES, "default": backend}))
+        vars(storages).update(backends=settings.STORAGES, _storages={})  # 4.2 loses overridden OPTIONS
         self.storage: Any = storages["default"]
 
     def teardown(self) -> None:
@@ -166,8 +167,13 @@ class Machine(RuleBasedStateMachine):
         with contextlib.suppress(ReplicationError):
             self.alive[catalog.replace(old, ContentFile(data)).name] = data
 
-    @rule(given=faults, pick=picks, way=st.sampled_from(["storage", "catalog", "rolled back", "crash", "with a save"]))
-    def delete(self, given: dict[str, str], pick: int, way: str) -> None:
+    @rule(
+        given=faults,
+        pick=picks,
+        way=st.sampled_from(["storage", "catalog", "rolled back", "crash", "with a save"]),
+        then_work=st.booleans(),
+    )
+    def delete(self, given: dict[str, str], pick: int, way: str, then_work: bool) -> None:
         if not self.alive:
             return
         self.world.faults = given
@@ -192,6 +198,10 @@ class Machine(RuleBasedStateMachine):
         else:
             self.storage.delete(name)
         del self.alive[name]
+        if then_work:  # before anything late is done
+            self.world.faults = {}
+            self.a_while_passes()
+            Worker().work()
 
     @rule(given=faults)
     def work(self, given: dict[str, str]) -> None:

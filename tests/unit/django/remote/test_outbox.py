@@ -124,6 +124,11 @@ def test_a_late_end_of_a_worker_that_was_given_up_is_ignored(site: Any, servers:
     claimed = slow.claim(hosts[0].host)
     assert claimed is not None
     make_due()
+    again = quick.claim(hosts[0].host)
+    assert again is not None
+    slow._settle(claimed[0], last_error="too late", done=timezone.now())
+    assert (Outbox.objects.get().done, Outbox.objects.get().last_error) == (None, ""), "the other one is still at it"
+    make_due()
     assert quick.work() == 1
     done = Outbox.objects.get().done
     slow._settle(claimed[0], last_error="too late", done=None)

@@ -378,11 +378,15 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("tls")
     elliptic = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     for ca in ("ca", "other"):
-        openssl("req", "-x509", *elliptic, "-subj", f"/CN={ca}", "-keyout", f"{at}/{ca}.key", "-out", f"{at}/{ca}.pem")
+        openssl(
+            *("req", "-x509", *elliptic, "-subj", f"/CN={ca}", "-addext", "keyUsage=critical,keyCertSign"),
+            *("-keyout", f"{at}/{ca}.key", "-out", f"{at}/{ca}.pem"),
+        )
     for who in ("host", "client"):
         openssl(
             *("req", "-x509", *elliptic, "-subj", f"/CN={who}", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-addext", "basicConstraints=critical,CA:FALSE", "-CA", f"{at}/ca.pem", "-CAkey", f"{at}/ca.key"),
+            *("-addext", "basicConstraints=critical,CA:FALSE"),
+            *("-addext", "authorityKeyIdentifier=keyid", "-CA", f"{at}/ca.pem", "-CAkey", f"{at}/ca.key"),
             *("-keyout", f"{at}/{who}.key", "-out", f"{at}/{who}.pem"),
         )
     return at
