@@ -38,7 +38,6 @@ class Replacing(Saving):
         self.close()
         go_on(call)
         os.rename(self.path, self.relative, src_dir_fd=self.root, dst_dir_fd=self.root)
-        self._created = False
 
 
 @deconstructible(path="tribrick.storage.DerivedStorage")

@@ -337,6 +337,42 @@ def test_calls_and_idle_ends_do_not_miss_each_other(thing: Thing, monkeypatch: p
         pause.wait(0.0005 + number % 10 * 0.0001)
 
 
+def test_a_call_given_to_a_worker_that_was_about_to_end_is_made(thing: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Inbox:
+        """One whose idle time ends at the moment when a call comes in."""
+
+        def __init__(self) -> None:
+            self.items: list[object] = []
+            self.came = threading.Event()
+            self.gets = 0
+
+        def put(self, item: object) -> None:
+            self.items.append(item)
+            self.came.set()
+
+        def get(self, **_options: float) -> object:
+            self.gets += 1
+            if not self.came.wait(5) or self.gets == 2:
+                raise module.Empty
+            self.came.clear()
+            return self.items.pop()
+
+    monkeypatch.setattr(module, "SimpleQueue", Inbox)
+    guard = Guard("narrow", thing.probe, limit=1)
+    assert guard.call(thing.call, 5) == "yes"
+    assert guard.call(thing.call, 5) == "yes"
+    assert guard.workers == 1
+
+
+def test_a_call_that_returns_at_the_last_moment_opens_nothing(guard: Guard, thing: Thing) -> None:
+    call = guard.start(thing.call, 5)
+    until(lambda: call.returned, "the call returned")
+    guard._overdue(call)  # as an asker does whose wait ended before it
+    guard._left(call)
+    assert (guard.state, guard.overdue) == ("closed", 0)
+    assert call.result() == "yes"
+
+
 def test_no_thread_is_an_answer(guard: Guard, thing: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

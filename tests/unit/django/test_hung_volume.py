@@ -163,6 +163,20 @@ def test_a_file_that_is_created_late_is_not_even_written(
     assert files_in(volume) == []
 
 
+@pytest.mark.parametrize("kind", ["open", "write", "close"])
+def test_a_derived_file_given_up_does_not_replace_the_old_one(
+    volume: Path, files_in: FilesIn, hanging: Hanging, kind: str
+) -> None:
+    storage = DerivedStorage(location=volume / "derived", root=volume)
+    storage.save("x.bin", ContentFile(b"old"))
+    hanging.hang(kind, after=True)
+    in_time(lambda: storage.save("x.bin", ContentFile(b"new")))
+    hanging.let_go()
+    wait_for_workers()
+    assert files_in(volume) == ["derived/x.bin"]
+    assert (volume / "derived/x.bin").read_bytes() == b"old"
+
+
 CALLS: dict[str, Callable[[VolumeStorage, str], object]] = {
     "save": lambda storage, _name: storage.save("photos/b.bin", ContentFile(b"x")),
     "open": lambda storage, name: storage.open(name),
