@@ -102,26 +102,20 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if not self.path.exists():
+            raise LedgerError(f"there is no ledger at {self.path}")
+        # "rw" so that who may write rolls back the journal of a killed follower; SQLite opens the
+        # file for reading where it may not be written to. Nothing is ever written here.
         try:
-            self._db = self._open("ro")
-        except sqlite3.OperationalError as error:
-            if not self.path.exists():
-                raise LedgerError(f"there is no ledger at {self.path}") from error
-            # A killed follower left a journal: who may write to the file rolls it back.
+            self._db = _connect(self.path, "rw")
             try:
-                self._db = self._open("rw")
-            except sqlite3.OperationalError as second:
-                raise LedgerError(f"{self.path}: {second}") from second
-
-    def _open(self, mode: str) -> sqlite3.Connection:
-        database = _connect(self.path, mode)
-        try:
-            _check_format(database, self.path)
-            database.execute("PRAGMA query_only = ON")
-        except BaseException:
-            database.close()
-            raise
-        return database
+                _check_format(self._db, self.path)
+                self._db.execute("PRAGMA query_only = ON")
+            except BaseException:
+                self._db.close()
+                raise
+        except sqlite3.OperationalError as error:
+            raise LedgerError(f"{self.path}: {error}") from error
 
     def __enter__(self) -> Ledger:
         return self

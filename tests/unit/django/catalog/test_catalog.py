@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -339,6 +340,17 @@ def test_expire(agree: Agree) -> None:
     agree()
 
 
+def test_a_version_restored_while_others_expire_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = add(b"1")
+    two = catalog.replace(one, ContentFile(b"2"))
+    listed = list(catalog.expirable())
+    assert listed == [one]
+    catalog.restore(one)
+    monkeypatch.setattr(catalog, "expirable", lambda **_rules: listed)
+    assert catalog.expire() == []
+    assert catalog.current(two) == one
+
+
 # Many at once
 
 
@@ -349,6 +361,25 @@ def test_all_replace_the_same_file(agree: Agree) -> None:
     assert Media.objects.count() == 1
     assert [one.version for one in catalog.versions(row)] == list(range(9, 0, -1))
     assert catalog.current(row) == catalog.versions(row)[0]
+    agree()
+
+
+def test_who_replaces_another_version_waits_for_the_logical_file(agree: Agree) -> None:
+    first = add(b"1")
+    second = catalog.replace(first, ContentFile(b"2"))
+    other = threading.Thread(target=in_threads, args=(lambda: catalog.replace(second, ContentFile(b"4")),))
+    with transaction.atomic():
+        catalog.replace(first, ContentFile(b"3"))
+        other.start()
+        deadline = time.monotonic() + 20
+        while True:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                if cursor.fetchone()[0]:
+                    break
+            assert time.monotonic() < deadline, "nobody waits"
+    other.join(30)
+    assert [(root() / one.name).read_bytes() for one in catalog.versions(first)] == [b"4", b"3", b"2", b"1"]
     agree()
 
 

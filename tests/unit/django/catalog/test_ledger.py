@@ -167,6 +167,30 @@ def test_a_reader_without_write_access(path: Path) -> None:
     assert done.stdout.strip() == "stored", done.stderr
 
 
+def test_a_reader_takes_the_journal_of_a_killed_follower_away(path: Path, process: Process) -> None:
+    add()
+    ledger.follow_once(path)
+    done = process(
+        f"""
+import os, sqlite3
+database = sqlite3.connect({str(path)!r}, isolation_level=None)
+database.execute("PRAGMA cache_spill = ON")
+database.execute("PRAGMA cache_size = 1")
+database.execute("BEGIN IMMEDIATE")
+database.execute("UPDATE files SET sha256 = 'half'")
+for number in range(100, 300):
+    database.execute("INSERT INTO changes VALUES (?, 'added', 'x', ?, 1, '', '{{}}', '')", (number, "x" * 500))
+os._exit(9)"""  # noqa: S608
+    )
+    assert done.returncode == 9, done.stderr
+    assert path.with_name("ledger.sqlite-journal").exists()
+    with Ledger(path) as own:
+        own.check()
+        assert own.last()[0] == 1
+    with Ledger(path) as own, pytest.raises(sqlite3.OperationalError, match="readonly"):
+        own._db.execute("DELETE FROM files")
+
+
 def test_no_ledger(path: Path) -> None:
     with pytest.raises(LedgerError, match="there is no ledger"):
         Ledger(path)
