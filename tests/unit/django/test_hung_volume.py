@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import struct
 import threading
 import time
@@ -355,6 +356,48 @@ def test_a_late_publication_is_taken_back(
     wait_for_workers()
     assert files_in(volume) == []
     assert descriptors(volume) == []
+
+
+def test_any_save_is_either_returned_or_leaves_nothing(
+    storage: VolumeStorage, volume: Path, files_in: FilesIn, hanging: Hanging
+) -> None:
+    """Eight threads save while the volume hangs again and again, each time somewhere else."""
+    dice = random.Random(7)
+    kept: dict[str, int] = {}
+    refused: list[int] = []
+    end = threading.Event()
+
+    def save(number: int) -> None:
+        pause = threading.Event()
+        while not end.is_set():
+            size = 1000 + number if number % 2 else 2_200_000 + number
+            try:
+                kept[storage.save("photos/a.bin", ContentFile(b"x" * size))] = size
+            except StorageUnavailable:
+                refused.append(number)
+                pause.wait(0.01)
+
+    with override_settings(TRIBRICK=settings.TRIBRICK | {"DEADLINE": 0.05}):
+        threads = [threading.Thread(target=save, args=(number,)) for number in range(8)]
+        before = threading.active_count()
+        for thread in threads:
+            thread.start()
+        pause = threading.Event()
+        for _ in range(25):
+            hanging.gate = threading.Event()
+            hanging.hang(dice.choice([*SAVE, "unlink", "statvfs"]), after=dice.random() < 0.5)
+            pause.wait(dice.uniform(0.02, 0.12))
+            assert threading.active_count() <= before + 8 + 8 + 1
+            hanging.let_go()
+            pause.wait(dice.uniform(0, 0.06))
+        end.set()
+        for thread in threads:
+            thread.join(20)
+    wait_for_workers()
+    assert refused
+    assert kept
+    assert {name: (volume / name).stat().st_size for name in files_in(volume)} == kept
+    until(lambda: descriptors(volume) == [], "the descriptors were closed")
 
 
 # Real hangs
