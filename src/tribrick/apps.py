@@ -12,5 +12,7 @@ class TribrickConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        """Register the system checks."""
-        from tribrick import checks  # noqa: F401
+        """Register the system checks, and refuse what would store nothing: a web server runs no checks."""
+        from tribrick import checks
+
+        checks.refuse_storages_without_hosts()

@@ -81,21 +81,9 @@ def _configured() -> dict[str, Any]:
 def check_storages(**_: Any) -> list[CheckMessage]:
     """Refuse storages without hosts, and AsyncStorage without the database it lives on."""
     from tribrick.storage.asynchronous import AsyncStorage
-    from tribrick.storage.base_remote import RemoteStorage
 
     found: list[CheckMessage] = []
-    remote: list[str] = []
-    for alias, options in _configured().items():
-        backend = str(options.get("BACKEND"))
-        if backend in _BACKENDS:
-            continue
-        try:
-            kind = import_string(backend)
-        except ImportError:
-            continue  # Django says so itself
-        if not (isinstance(kind, type) and issubclass(kind, RemoteStorage)):
-            continue
-        remote.append(alias)
+    for alias, kind in _remote().items():
         try:
             storage: Any = storages[alias]
             storage.quorum, storage.transport  # noqa: B018  both are made when they are read
@@ -110,4 +98,28 @@ def check_storages(**_: Any) -> list[CheckMessage]:
             else:
                 text = f'STORAGES["{alias}"]: without the outbox all media hosts must confirm every save.'
                 found.append(Warning(text, hint=hint, id="tribrick.W002"))
+    return found
+
+
+def refuse_storages_without_hosts() -> None:
+    """Raise ``ImproperlyConfigured`` if a storage has no media hosts, so that the site does not start."""
+    for alias in _remote():
+        storages[alias]
+
+
+def _remote() -> dict[str, type]:
+    """Return the classes of the storages with media hosts, by their key in ``STORAGES``."""
+    from tribrick.storage.base_remote import RemoteStorage
+
+    found: dict[str, type] = {}
+    for alias, options in _configured().items():
+        backend = str(options.get("BACKEND"))
+        if backend in _BACKENDS:
+            continue
+        try:
+            kind = import_string(backend)
+        except ImportError:
+            continue  # Django says so itself
+        if isinstance(kind, type) and issubclass(kind, RemoteStorage):
+            found[alias] = kind
     return found

@@ -19,6 +19,7 @@ from django.apps import apps
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.files import File
+from django.core.files.storage import storages
 from django.db import DataError, IntegrityError, connections, transaction
 from django.utils.module_loading import import_string
 from django.utils.timezone import make_naive
@@ -192,6 +193,7 @@ class RemoteStorage:
     """
 
     base_url: Any
+    _constructor_args: Any  # written by deconstructible
 
     def _set_remote(
         self,
@@ -291,17 +293,18 @@ class RemoteStorage:
 
     @property
     def alias(self) -> str | None:
-        """The key of this storage in ``STORAGES``, if it stands there."""
-        from django.core.files.storage import default_storage, storages
-
-        me: Any = self
+        """The key in ``STORAGES`` of this storage, or of one made with the same arguments."""
+        like: str | None = None
         for alias in settings.STORAGES:
             try:
-                if storages[alias] is me:
-                    return str(alias)
+                other: Any = storages[alias]
             except Exception:  # noqa: BLE001, S112  another storage's trouble is not ours
                 continue
-        return "default" if getattr(default_storage, "_wrapped", None) is me else None
+            if other is self:
+                return str(alias)
+            if like is None and type(other) is type(self) and other._constructor_args == self._constructor_args:
+                like = str(alias)
+        return like
 
     @property
     def has_outbox(self) -> bool:

@@ -440,6 +440,17 @@ class DefaultTransport:
         self._pool = _Pool(*self._pool_options)
         self._context: ssl.SSLContext | None = None
 
+    _constructor_args: Any  # written by deconstructible
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DefaultTransport) and (type(self), self._constructor_args) == (
+            type(other),
+            other._constructor_args,
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.scheme, self.path))
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_pool", "_context")}
 

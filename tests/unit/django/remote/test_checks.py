@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +52,29 @@ def test_the_app_is_asked_for() -> None:
     in_background = {"default": {"BACKEND": "tribrick.storage.AsyncStorage", "OPTIONS": {"location": "/nowhere"}}}
     with override_settings(STORAGES=in_background, TRIBRICK={"MEDIA_HOSTS": ["a"]}, INSTALLED_APPS=without):
         assert list(found()) == ["tribrick.E002"]
+
+
+@pytest.mark.parametrize("hosts", [[], ["10.0.0.1"]])
+def test_a_site_without_hosts_does_not_start(hosts: list[str]) -> None:
+    """A web server runs no system checks, so the app itself refuses."""
+    here = Path(__file__).resolve().parent
+    sources = here.parents[3]
+    paths = [str(sources / "src"), str(sources / "example"), str(here)]
+    done = subprocess.run(
+        [sys.executable, "-c", "import django; django.setup()"],
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "DJANGO_SETTINGS_MODULE": "settings",
+            "REMOTE_TEST": json.dumps({"default": REMOTE["default"], "tribrick": {"MEDIA_HOSTS": hosts}}),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode == 0) == bool(hosts), done.stderr
+    assert ("DistributedStorage has no media hosts" in done.stderr) == (not hosts)
 
 
 def _apps() -> list[str]:

@@ -16,6 +16,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files import File
 from django.core.files.base import ContentFile
+from django.core.files.storage import storages
 from django.core.files.uploadedfile import SimpleUploadedFile, TemporaryUploadedFile
 from django.db import OperationalError, transaction
 from django.db.migrations.writer import MigrationWriter
@@ -206,6 +207,18 @@ def test_one_deadline_for_the_whole_save(site: Any, servers: Hosts) -> None:
         storage.save("a.txt", ContentFile(b"x"))
     assert time.monotonic() - started < 1.5
     assert all(isinstance(outcome.error, TimeoutError) for outcome in caught.value.results.values())
+
+
+def test_undoing_a_save_is_part_of_its_deadline(servers: Hosts) -> None:
+    """Without an outbox the hosts that hang are asked to undo it, too."""
+    hosts = servers(2)
+    for server in hosts:
+        server.slow = 30
+    started = time.monotonic()
+    with pytest.raises(ReplicationError):
+        DistributedStorage([server.host for server in hosts], timeout=3).save("a.txt", ContentFile(b"x"))
+    assert 2.9 < time.monotonic() - started < 3.5
+    assert [len(server.headers) for server in hosts] == [2, 2]
 
 
 def test_a_slow_host_does_not_hold_up_a_save_that_has_its_quorum(site: Any, servers: Hosts, waiting: Any) -> None:
@@ -459,6 +472,21 @@ def test_deconstructed_and_pickled(kind: Any, servers: Hosts) -> None:
     assert again.url("a") == "/m/a"
     again.transport.exists(hosts[0].host, "a", again.deadline())
     assert [path for _, path, _ in hosts[0].log] == ["/files/a", "/files/a"]
+
+
+@pytest.mark.parametrize("transport", [None, DefaultTransport("/media/")])
+def test_an_equal_storage_shares_the_outbox(transport: Any, site: Any, servers: Hosts, waiting: Any) -> None:
+    """The copy in a task queue, and the storage of a model's field that was given the same arguments."""
+    hosts = servers(3)
+    site("distributed", hosts, {"transport": transport})
+    hosts[2].readonly = True
+    copy = pickle.loads(pickle.dumps(storages["default"]))  # noqa: S301
+    made = DistributedStorage(transport=DefaultTransport("/media/") if transport else None)
+    for storage in (copy, made):
+        assert storage.alias == "default"
+        storage.save("a.txt", ContentFile(b"x"))
+    assert waiting() == [("put", hosts[2].host)] * 2
+    assert DistributedStorage(timeout=1).alias is None
 
 
 class Memory:
