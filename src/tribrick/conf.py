@@ -9,11 +9,36 @@ key                     default                  meaning
 ``SENTINEL_NAME``       ``.tribrick-volume``     the sentinel's name in the root of the volume
 ``HASH_LEVELS``         2                        hash directories between directory and file
 ``HASH_WIDTH``          1                        hexadecimal digits of each hash directory's name
+``DEADLINE``            10                       seconds that a call on the volume may take; for a large
+                                                 file, each piece of it
+``OUTSTANDING``         8                        calls on the volume that one process has outstanding
+                                                 at a time, at most
+``NODE``                the host's name          the name of this node, noted in the catalog
+``NODES``               none                     the names of all nodes; a tombstone expires when
+                                                 the ledgers of all of them hold it
+``COPIES``              none                     copies outside the storage: dictionaries with
+                                                 ``name``, ``kind`` (``path`` or ``http``),
+                                                 ``address`` and, where ``reconcile`` may write to
+                                                 a path, ``"writable": True``
+``LEDGER``              none                     the path of this node's ledger (SQLite)
+``MEDIA_HOSTS``         none                     hosts (``address`` or ``address:port``) of the
+                                                 storages with media hosts, see docs/storages.md
+``WRITE_QUORUM``        a majority               how many of them must confirm a save: a number or
+                                                 ``"all"``
+``FATAL_EXCEPTIONS``    ``True``                 a save without quorum is undone and raises;
+                                                 ``False``: it is logged and completed later
+``SHOW_TRACEBACK``      ``False``                log the traceback of each host's failure
+``TIMEOUT``             2                        seconds for one whole operation on all hosts, ...
+``MINIMUM_RATE``        1 MiB                    ... and more for the bytes it moves, at this rate a
+                                                 second
+``TRANSPORT``           none                     arguments for the transport: ``ca``,
+                                                 ``certificate``, ``key``, ``hmac_key``, ...
 ======================  =======================  ==================================================
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -25,6 +50,19 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "SENTINEL_NAME": ".tribrick-volume",
     "HASH_LEVELS": 2,
     "HASH_WIDTH": 1,
+    "DEADLINE": 10.0,
+    "OUTSTANDING": 8,
+    "NODE": socket.gethostname(),
+    "NODES": (),
+    "COPIES": (),
+    "LEDGER": None,
+    "MEDIA_HOSTS": (),
+    "WRITE_QUORUM": None,
+    "FATAL_EXCEPTIONS": True,
+    "SHOW_TRACEBACK": False,
+    "TIMEOUT": 2.0,
+    "MINIMUM_RATE": 1024 * 1024,
+    "TRANSPORT": {},
 }
 
 

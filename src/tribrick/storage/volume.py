@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
-import logging
 import os
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import IO, Any, Final, TypeVar, cast
+from typing import IO, Any, TypeAlias, cast
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
@@ -24,13 +22,14 @@ from django.utils.timezone import make_naive
 
 from tribrick import names
 from tribrick.conf import setting
-from tribrick.errors import StorageUnavailable, translate
+from tribrick.errors import StorageUnavailable
 from tribrick.sentinel import Sentinel
+from tribrick.storage.guard import Call, guard_for
+from tribrick.storage.mount import Mount
+from tribrick.storage.opened import BUFFER, NewFile, OpenedFile, Reader, Writer
+from tribrick.storage.saving import CHUNK, TEMPORARY, Saving
 
-log = logging.getLogger("tribrick.storage")
-CHUNK: Final = 1024 * 1024
-_ROOT_FLAGS: Final = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
-T = TypeVar("T")
+Piece: TypeAlias = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class VolumeStorage(FileSystemStorage):
 
     Every call opens the root, checks the sentinel there, and works relative to that descriptor, so
     what was checked and what is written are the same file system even if the mount goes away in
-    between.
+    between. Every call has a deadline, see :mod:`tribrick.storage.guard`.
 
     A file is created under its final name (``O_EXCL``), written, fsynced and closed. That is one of
     the two forms that survive a power cut of all bricks, and the faster one. A reader cannot meet
@@ -59,7 +58,7 @@ class VolumeStorage(FileSystemStorage):
     ``sentinel_id``, ``hash_levels`` and ``hash_width``; what is not given is read from
     ``settings.TRIBRICK`` when needed.
 
-    Raises ``StorageUnavailable`` when the volume is away, ``StorageFull`` when it has no space.
+    Raises ``StorageUnavailable`` when the volume is away or hangs, ``StorageFull`` when it has no space.
     """
 
     def __init__(
@@ -111,44 +110,31 @@ class VolumeStorage(FileSystemStorage):
             known = self._sentinel = Sentinel(name, wanted)
         return known
 
-    # The root and its errors.
+    @property
+    def root(self) -> str:
+        """The directory that holds the sentinel."""
+        return str(self.location)
 
-    @contextlib.contextmanager
-    def _root(self, *, reread: bool = False) -> Iterator[int]:
-        """Open the root and check that it is the volume's."""
-        sentinel = self._expected_sentinel()
-        location = str(self.location)
-        try:
-            root = os.open(location, _ROOT_FLAGS)
-        except OSError as error:
-            if error.errno == errno.ESTALE:
-                raise
-            raise StorageUnavailable(
-                error.errno, f"the media root {location} cannot be opened: {error.strerror}"
-            ) from error
-        try:
-            if sentinel is not None:
-                sentinel.check(root, location, reread=reread)
-            yield root
-        finally:
-            os.close(root)
+    def _mount(self) -> Mount:
+        root = self.root
+        deadline, outstanding = float(setting("DEADLINE")), int(setting("OUTSTANDING"))
+        if not (deadline > 0 and outstanding > 0):
+            raise ImproperlyConfigured('TRIBRICK["DEADLINE"] and ["OUTSTANDING"] must be greater than zero.')
+        return Mount(
+            location=root,
+            sentinel=self._expected_sentinel(),
+            guard=guard_for(root, outstanding),
+            deadline=deadline,
+            file_mode=self.file_permissions_mode,
+            directory_mode=self.directory_permissions_mode,
+        )
 
-    def _on_volume(self, work: Callable[[int], T], *, reread: bool = False) -> T:
-        """Run *work* with the checked root's descriptor; once more after ``ESTALE``."""
-        try:
-            try:
-                with self._root(reread=reread) as root:
-                    return work(root)
-            except OSError as error:
-                if error.errno != errno.ESTALE:
-                    raise
-            with self._root(reread=reread) as root:
-                return work(root)
-        except OSError as error:
-            translated = translate(error)
-            if translated is error:
-                raise
-            raise translated from error
+    def verify(self) -> str:
+        """Read the sentinel again and return a sentence; for health checks."""
+        self._mount().call(lambda _root: None, reread=True)
+        return f"{self.root} is the media volume"
+
+    # Names.
 
     def _relative(self, name: str) -> str:
         """Return *name* as a path relative to the root; refuse what leads out of the tree."""
@@ -157,14 +143,14 @@ class VolumeStorage(FileSystemStorage):
         relative = os.path.relpath(self.path(name), str(self.location))
         if relative.startswith("."):
             raise SuspiciousFileOperation(f"{name!r} is not a stored file's name")
-        return relative
+        return os.path.join(self._prefix(), relative)
 
-    def verify(self) -> str:
-        """Read the sentinel again and return a sentence; for health checks."""
-        self._on_volume(lambda _root: None, reread=True)
-        return f"{self.location} is the media volume"
+    def _prefix(self) -> str:
+        """Where the location lies below the root; empty if they are the same."""
+        return ""
 
-    # Names.
+    def _name(self, relative: str) -> str:
+        return os.path.relpath(relative, self._prefix() or ".").replace(os.sep, "/")
 
     def get_valid_name(self, name: str) -> str:
         """Return the client's file name as a safe ASCII name."""
@@ -191,80 +177,58 @@ class VolumeStorage(FileSystemStorage):
     def _save(self, name: str, content: File[Any]) -> str:
         return self._write(name, content).name
 
+    def _saving(self, mount: Mount, relative: str) -> Saving:
+        """Return the form in which files are written."""
+        return Saving(mount, relative)
+
     def _write(self, name: str, content: File[Any]) -> StoredFile:
-        relative = self._relative(name)
-        attempts = 0
-
-        def write(root: int) -> StoredFile:
-            nonlocal attempts, relative
-            attempts += 1
-            if attempts > 1:  # after ESTALE: another name, since the first may exist unseen
-                if not source.seekable():
-                    raise StorageUnavailable(errno.ESTALE, "the media volume changed while a stream was being stored")
-                relative = self._relative(self.get_available_name(name))
-            digest, size = self._write_at(root, relative, source)
-            return StoredFile(relative.replace(os.sep, "/"), digest, size)
-
+        mount = self._mount()
         with _readable(content) as source:
-            return self._on_volume(write)
-
-    def _write_at(self, root: int, relative: str, source: File[Any]) -> tuple[str, int]:
-        descriptor = self._create(root, relative)
-        try:
             try:
-                hasher, size = hashlib.sha256(), 0
-                for chunk in source.chunks(CHUNK):
-                    data = chunk.encode() if isinstance(chunk, str) else chunk
-                    hasher.update(data)
-                    _write_all(descriptor, data)
-                    size += len(data)
-                self._set_mode(descriptor)
-                os.fsync(descriptor)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
-                raise
-            os.close(descriptor)
+                return self._write_once(self._saving(mount, self._relative(name)), source)
+            except StorageUnavailable as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                if not source.seekable():
+                    raise StorageUnavailable(
+                        errno.ESTALE, "the media volume changed while a stream was being stored"
+                    ) from error
+            again = self._name_after_stale(name)
+            return self._write_once(self._saving(mount, self._relative(again)), source)
+
+    def _name_after_stale(self, name: str) -> str:
+        """Return another name, since the first may exist although its creation failed."""
+        return self.get_available_name(name)
+
+    def _write_once(self, saving: Saving, source: File[Any]) -> StoredFile:
+        """Read the source here, and let workers write: none of them ever touches the source.
+
+        A file of one piece is one call. A larger one is a call for each piece: its deadline is for
+        progress, not for the whole.
+        """
+        hasher, size = hashlib.sha256(), 0
+        call: Call[None] | None = None
+        try:
+            pieces = _pieces(source)
+            piece = next(pieces, b"")
+            while True:
+                following = next(pieces, None)
+                step = functools.partial(saving.step, data=piece, first=call is None, last=following is None)
+                call = saving.mount.start(step, late=saving.give_up)
+                hasher.update(piece)  # meanwhile
+                saving.mount.result_of(call)
+                size += len(piece)
+                if following is None:
+                    break
+                piece = following
         except BaseException:
-            self._discard(root, relative)
+            if call is not None:
+                call.abandon()
+                if not (call.abandoned or call.failed):  # else the worker does it
+                    saving.mount.clean_up(saving.give_up)
             raise
-        return hasher.hexdigest(), size
-
-    def _create(self, root: int, relative: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        mode = self.file_permissions_mode
-        mode = 0o666 if mode is None else mode
-        try:
-            return os.open(relative, flags, mode, dir_fd=root)
-        except FileNotFoundError:
-            self._make_directories(root, os.path.dirname(relative))
-            return os.open(relative, flags, mode, dir_fd=root)
-
-    def _make_directories(self, root: int, relative: str) -> None:
-        """Make what is missing. The kit provisions directories, so this is for other sites."""
-        mode = self.directory_permissions_mode
-        made = ""
-        for part in Path(relative).parts:
-            made = os.path.join(made, part)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(made, 0o777 if mode is None else mode, dir_fd=root)
-                if mode is not None:
-                    os.chmod(made, mode, dir_fd=root)
-
-    def _set_mode(self, descriptor: int) -> None:
-        """Undo the umask where it took something away; no call to the volume otherwise."""
-        mode = self.file_permissions_mode
-        if mode is not None and stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
-            os.fchmod(descriptor, mode)
-
-    def _discard(self, root: int, relative: str) -> None:
-        """Remove the file of a failed save. The name is known to nobody, so a rest is harmless."""
-        try:
-            os.unlink(relative, dir_fd=root)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            log.warning("a failed save left %s behind: %s", relative, error)
+        saving.let_go()
+        return StoredFile(self._name(saving.relative), hasher.hexdigest(), size)
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is gone already is no error."""
@@ -276,27 +240,32 @@ class VolumeStorage(FileSystemStorage):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(relative, dir_fd=root)
 
-        self._on_volume(unlink)
+        self._mount().call(unlink, subject=relative)
 
-    # Reading.
+    # Reading, and writing through a file object.
 
     def _open(self, name: str, mode: str = "rb") -> File[Any]:
+        """Open a stored file for reading, or a new one (``w``, ``x``, ``w+``, ``x+``) that ``close`` publishes.
+
+        Text is UTF-8. The file has no ``fileno``, which would lead around the deadline.
+        """
+        kind = "".join(sorted(set(mode) - set("bt")))
+        if kind not in {"r", "w", "x", "+w", "+x"} or {"b", "t"} <= set(mode):
+            raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
+        if kind == "r":
+            return OpenedFile(self._reader(name, mode), name, functools.partial(self._reader, name))
+        raw = Writer(self._mount(), self._relative(name))
+        buffered = io.BufferedRandom(raw, BUFFER) if "+" in mode else io.BufferedWriter(raw, BUFFER)
+        return NewFile(raw, _as_text(buffered, mode), name)
+
+    def _reader(self, name: str, mode: str) -> IO[Any]:
         if set(mode) - set("rbt"):
             raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
-        relative = self._relative(name)
-
-        def opened(root: int) -> IO[Any]:
-            return open(
-                self.path(name),
-                mode,
-                opener=lambda _path, flags: os.open(relative, flags | os.O_NOFOLLOW, dir_fd=root),
-            )
-
-        return File(self._on_volume(opened), name)
+        return _as_text(io.BufferedReader(Reader(self._mount(), self._relative(name)), BUFFER), mode)
 
     def _stat(self, name: str) -> os.stat_result:
         relative = self._relative(name)
-        return self._on_volume(lambda root: os.stat(relative, dir_fd=root, follow_symlinks=False))
+        return self._mount().call(lambda root: os.stat(relative, dir_fd=root, follow_symlinks=False), subject=relative)
 
     def exists(self, name: str) -> bool:
         """Ask the disk. An absent volume is an exception, not a no."""
@@ -311,8 +280,9 @@ class VolumeStorage(FileSystemStorage):
         return self._stat(name).st_size
 
     def listdir(self, path: str) -> tuple[list[str], list[str]]:
-        """Return directories and files below *path*, without the root's dot names."""
-        relative = self._relative(path) if path.strip("/.") else "."
+        """Return directories and files below *path*, without the top's dot names and unfinished files."""
+        at_top = not path.strip("/.")
+        relative = (self._prefix() or ".") if at_top else self._relative(path)
 
         def listed(root: int) -> tuple[list[str], list[str]]:
             directories: list[str] = []
@@ -321,14 +291,14 @@ class VolumeStorage(FileSystemStorage):
             try:
                 with os.scandir(descriptor) as entries:
                     for entry in entries:
-                        if relative == "." and entry.name.startswith("."):
+                        if (at_top and entry.name.startswith(".")) or TEMPORARY.fullmatch(entry.name):
                             continue
                         (directories if entry.is_dir() else files).append(entry.name)
             finally:
                 os.close(descriptor)
             return directories, files
 
-        return self._on_volume(listed)
+        return self._mount().call(listed, subject=relative)
 
     @staticmethod
     def _time(seconds: float) -> datetime:
@@ -348,10 +318,20 @@ class VolumeStorage(FileSystemStorage):
         return self._time(self._stat(name).st_mtime)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+def _pieces(source: File[Any]) -> Iterator[Piece]:
+    """Yield the content in pieces of bytes that are not empty and not larger than ``CHUNK``."""
+    for chunk in source.chunks(CHUNK):
+        data = chunk.encode() if isinstance(chunk, str) else chunk
+        if len(data) > CHUNK:
+            view = memoryview(data)
+            for start in range(0, len(view), CHUNK):
+                yield view[start : start + CHUNK]
+        elif data:
+            yield data
+
+
+def _as_text(buffered: Any, mode: str) -> IO[Any]:
+    return cast("IO[Any]", buffered) if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -364,7 +344,7 @@ def _readable(content: File[Any]) -> Iterator[File[Any]]:
     if not content.closed:
         yield content
         return
-    if hasattr(content, "storage"):  # the file of a model's field: its storage knows the way
+    if hasattr(content, "storage") or isinstance(content, OpenedFile):  # its storage knows the way
         yield content.open("rb")
         content.close()
         return

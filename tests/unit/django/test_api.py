@@ -452,7 +452,7 @@ def test_storage_away(api: Api, media: Path, files_in: FilesIn) -> None:
 
 def test_storage_full(api: Api, media: Path, files_in: FilesIn, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_all", _raise(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(module.Saving, "_write", _raise(OSError(errno.ENOSPC, "No space left on device")))
         refused(api.post(b"x"), 507, "storage_full")
     assert files_in(media) == []
     assert not StoredMedia.objects.exists()

@@ -1,0 +1,450 @@
+"""Adding, replacing and deleting files so that bytes, rows and ledger always agree.
+
+The order of an upload: bytes durable, then the row, then the answer. So what was acknowledged has
+both. If the row was certainly not committed, the bytes are removed again; if nobody knows (the
+connection died at COMMIT), they stay: an orphan, which ``sweep`` finds, is better than a row
+without bytes. The same holds when a surrounding transaction is rolled back later.
+
+The order of a delete: the tombstone in the caller's transaction, the bytes after its commit. A
+rollback keeps them. If the process is killed in between, or the volume is away, ``finish_deletes``
+does the rest.
+
+Nothing here asks the disk what the catalog knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import IO, Any, Final
+
+from django.core.files import File
+from django.core.files.storage import storages
+from django.db import DataError, IntegrityError, connections, router, transaction
+from django.db.models import Exists, F, Max, OuterRef, Q
+from django.utils import timezone
+
+from tribrick import names
+from tribrick.conf import setting
+from tribrick.errors import StorageError
+from tribrick.models import Change, Counter, Kind, Media, MediaFile, Node, Outbox, State
+from tribrick.storage.volume import StoredFile
+
+log = logging.getLogger("tribrick.catalog")
+NAME_LENGTH: Final = 255
+TOMBSTONE_AGE: Final = timedelta(days=30)
+
+
+class NameIsDead(ValueError):
+    """The name was deleted. Names are never alive again."""
+
+
+class FileIsDeleted(ValueError):
+    """The file was deleted, so it can be neither replaced nor restored."""
+
+
+def database() -> str:
+    """Return the alias of the database that holds the catalog."""
+    return router.db_for_write(MediaFile)
+
+
+def _atomic() -> transaction.Atomic:
+    return transaction.atomic(using=database())
+
+
+# Adding
+
+
+def add(
+    content: IO[Any] | File[Any],
+    name: str,
+    *,
+    original: str | None = None,
+    owner: Any = None,
+    content_type: str = "",
+    node: str | None = None,
+    storage: str = "default",
+) -> MediaFile:
+    """Store *content* under a new name made from *name* (``directory/client's name``); return its row.
+
+    May be called inside a transaction. When it returns outside of one, the file is safe.
+    """
+    return _store(content, name, original, owner, content_type, node, storage, None)
+
+
+def replace(
+    old: MediaFile,
+    content: IO[Any] | File[Any],
+    name: str | None = None,
+    *,
+    original: str | None = None,
+    owner: Any = None,
+    content_type: str = "",
+    node: str | None = None,
+) -> MediaFile:
+    """Store *content* as a new version of the logical file that *old* is a version of.
+
+    The old version stays. Two who replace the same file at once get a version each. Raises
+    ``FileIsDeleted``, having stored nothing, if *old* is deleted.
+    """
+    if MediaFile.objects.using(database()).filter(pk=old.pk, state=State.STORED).first() is None:
+        raise FileIsDeleted(f"{old.name} was deleted")
+    return _store(content, name or old.name, original, owner, content_type, node, old.storage, old)
+
+
+def record(
+    stored: StoredFile,
+    *,
+    original: str = "",
+    owner: Any = None,
+    content_type: str = "",
+    node: str | None = None,
+    storage: str = "default",
+    created: datetime | None = None,
+    replaces: MediaFile | None = None,
+) -> MediaFile:
+    """Write the row of a file that is stored already, in the caller's transaction if there is one."""
+    if Change.objects.using(database()).filter(name=stored.name, kind=Kind.DELETED).exists():
+        raise NameIsDead(f"{stored.name} was deleted; a name is never alive again")
+    return _record(stored, original, owner, content_type, node, storage, created, replaces)
+
+
+def _store(
+    content: IO[Any] | File[Any],
+    name: str,
+    original: str | None,
+    owner: Any,
+    content_type: str,
+    node: str | None,
+    storage: str,
+    replaces: MediaFile | None,
+) -> MediaFile:
+    if original is None:
+        original = names.basename(str(getattr(content, "name", "") or name))
+    original = names.display_name(original)
+    stored = _store_bytes(storage, content, name)
+    inside = connections[database()].in_atomic_block
+    committing = False
+    try:
+        with _atomic():
+            row = _record(stored, original, owner, content_type, node, storage, None, replaces)
+            committing = not inside
+    except BaseException as error:
+        # What the database refuses at COMMIT was certainly not committed.
+        if not committing or isinstance(error, (IntegrityError, DataError)):
+            _discard(storage, stored.name)
+        else:
+            log.error("unknown whether the row was committed; kept %s", stored.name)
+        raise
+    return row
+
+
+def _store_bytes(alias: str, content: IO[Any] | File[Any], name: str) -> StoredFile:
+    storage = storages[alias]
+    if hasattr(storage, "store"):
+        stored = storage.store(content, name, max_length=NAME_LENGTH)
+        return StoredFile(stored.name, stored.sha256, stored.size)
+    file = content if isinstance(content, File) else File(content, name)
+    hasher, size = hashlib.sha256(), 0
+    for chunk in file.chunks():
+        data = chunk.encode() if isinstance(chunk, str) else chunk
+        hasher.update(data)
+        size += len(data)
+    return StoredFile(storage.save(name, file, max_length=NAME_LENGTH), hasher.hexdigest(), size)
+
+
+def _discard(alias: str, name: str) -> None:
+    try:
+        storages[alias].delete(name)
+    except OSError as error:
+        log.warning("a failed save left %s behind: %s", name, error)
+
+
+def _record(
+    stored: StoredFile,
+    original: str,
+    owner: Any,
+    content_type: str,
+    node: str | None,
+    storage: str,
+    created: datetime | None,
+    replaces: MediaFile | None,
+) -> MediaFile:
+    with _atomic():
+        row = MediaFile(
+            name=stored.name,
+            storage=storage,
+            original=original,
+            sha256=stored.sha256,
+            size=stored.size,
+            content_type=content_type,
+            owner=owner,
+            node=str(setting("NODE")) if node is None else node,
+            created=created or timezone.now(),
+        )
+        media = None
+        if replaces is not None:
+            media = _logical(replaces)
+            last = media.versions.aggregate(last=Max("version"))["last"]
+            row.logical, row.version = media, last + 1
+        row.save(force_insert=True, using=database())
+        if media is not None:
+            media.current = row
+            media.save(update_fields=["current"])
+        details = {
+            "id": row.pk,
+            "storage": row.storage,
+            "original": row.original,
+            "content_type": row.content_type,
+            "owner": None if row.owner_id is None else str(row.owner_id),
+            "node": row.node,
+            "created": row.created.isoformat(),
+            "logical": row.logical_id,
+            "version": row.version,
+            "replaces": None if replaces is None else replaces.name,
+        }
+        _change(row, Kind.ADDED, details)
+    return row
+
+
+def _logical(file: MediaFile) -> Media:
+    """Return the locked logical file of *file*; make it if this is the first replacement."""
+    locked, media = _locked(file.pk)
+    if locked.state != State.STORED:
+        raise FileIsDeleted(f"{locked.name} was deleted")
+    if media is None:
+        media = Media.objects.using(database()).create(created=locked.created, current=locked)
+        locked.logical = media
+        locked.save(update_fields=["logical"])
+    return media
+
+
+def _locked(pk: Any) -> tuple[MediaFile, Media | None]:
+    """Lock a file, its logical file first, so that all who do it wait in the same order."""
+    files = MediaFile.objects.using(database())
+    while True:
+        logical = files.values_list("logical_id", flat=True).get(pk=pk)
+        try:
+            with _atomic():
+                media = None
+                if logical is not None:
+                    media = Media.objects.using(database()).select_for_update().get(pk=logical)
+                file = files.select_for_update().get(pk=pk)
+                if file.logical_id != logical:
+                    raise _Moved
+                return file, media
+        except _Moved:  # got its logical file while we waited; the savepoint gave back our lock
+            continue
+
+
+class _Moved(Exception):
+    pass
+
+
+def _change(file: MediaFile, kind: Kind, details: dict[str, Any] | None = None, at: datetime | None = None) -> None:
+    Change.objects.using(database()).create(
+        number=_number(),
+        kind=kind,
+        name=file.name,
+        sha256=file.sha256,
+        size=file.size,
+        at=at or timezone.now(),
+        details=details or {},
+    )
+
+
+def _number() -> int | None:
+    """Return the next number, or None on PostgreSQL, which gives it at COMMIT.
+
+    Elsewhere the counter's row stays locked until the transaction ends. Same order, less speed.
+    """
+    using = database()
+    if connections[using].vendor == "postgresql":
+        return None
+    counters = Counter.objects.using(using)
+    if not counters.filter(pk=1).update(value=F("value") + 1):
+        last = Change.objects.using(using).aggregate(last=Max("number"))["last"] or 0
+        counters.create(pk=1, value=last + 1)
+    return int(counters.values_list("value", flat=True).get(pk=1))
+
+
+# Deleting
+
+
+def delete(file: MediaFile | str) -> MediaFile:
+    """Delete one stored file; the newest of its other versions, if it was current, becomes current.
+
+    The tombstone is written in the caller's transaction, the bytes go after its commit. Deleting
+    again is no error. Raises ``MediaFile.DoesNotExist`` for a name that the catalog does not know.
+    """
+    rows = MediaFile.objects.using(database())
+    pk = rows.values_list("pk", flat=True).get(name=file) if isinstance(file, str) else file.pk
+    with _atomic():
+        locked, media = _locked(pk)
+        _bury(locked)
+        if media is not None and media.current_id == locked.pk:
+            media.current = media.versions.filter(state=State.STORED).order_by("-version").first()
+            media.save(update_fields=["current"])
+    return locked
+
+
+def delete_all(media: Media) -> None:
+    """Delete a logical file: all its versions."""
+    with _atomic():
+        locked = Media.objects.using(database()).select_for_update().get(pk=media.pk)
+        for file in locked.versions.select_for_update().order_by("version"):
+            _bury(file)
+        locked.current = None
+        locked.save(update_fields=["current"])
+
+
+def _bury(file: MediaFile) -> None:
+    if file.state == State.STORED:
+        file.state, file.deleted = State.DELETED, timezone.now()
+        file.save(update_fields=["state", "deleted"])
+        _change(file, Kind.DELETED, at=file.deleted)
+    if file.state == State.DELETED:
+        transaction.on_commit(lambda: _purge_after_commit(file), using=database())
+
+
+def _purge_after_commit(file: MediaFile) -> None:
+    try:
+        purge(file)
+    except Exception as error:  # noqa: BLE001  the delete itself is done; the worker does the rest
+        log.warning("%s is deleted, its bytes will go later: %s", file.name, error)
+
+
+def purge(file: MediaFile) -> None:
+    """Remove the bytes of a tombstone and say so in the ledger; may be repeated."""
+    if MediaFile.objects.using(database()).filter(pk=file.pk, state=State.STORED).exists():
+        raise ValueError(f"{file.name} is not deleted")
+    storages[file.storage].delete(file.name)
+    with _atomic():
+        if MediaFile.objects.using(database()).filter(pk=file.pk, state=State.DELETED).update(state=State.PURGED):
+            _change(file, Kind.PURGED)
+
+
+def finish_deletes(*, again: bool = False) -> tuple[int, int]:
+    """Remove the bytes of deleted files that were left behind; return how many went and failed.
+
+    With *again*, of all tombstones: after a power cut of all nodes, a restore or a drain, since an
+    unlink is not durable then. Stops when the volume is away.
+    """
+    rows = MediaFile.objects.using(database()).exclude(state=State.STORED)
+    if not again:
+        rows = rows.filter(state=State.DELETED)
+    done = failed = 0
+    for file in rows.order_by("pk").iterator():
+        try:
+            purge(file)
+        except StorageError:
+            raise
+        except OSError as error:
+            log.warning("the bytes of %s could not be removed: %s", file.name, error)
+            failed += 1
+        else:
+            done += 1
+    return done, failed
+
+
+def confirm(node: str, number: int) -> None:
+    """Note that the ledger of *node* holds every change up to *number*."""
+    nodes = Node.objects.using(database())
+    if not nodes.filter(name=node).update(number=number, seen=timezone.now()):
+        nodes.get_or_create(name=node, defaults={"number": number})
+
+
+def expire_tombstones(older_than: timedelta = TOMBSTONE_AGE) -> int:
+    """Remove the rows of files deleted long ago that every node of ``TRIBRICK["NODES"]`` knows of.
+
+    Their changes stay in the ledger, so the names stay dead. Without a list of nodes none expires.
+    """
+    wanted = {str(node) for node in setting("NODES")}
+    using = database()
+    known = dict(Node.objects.using(using).filter(name__in=wanted).values_list("name", "number"))
+    if not wanted or set(known) != wanted:
+        return 0
+    unconfirmed = Change.objects.filter(name=OuterRef("name")).filter(
+        Q(number__isnull=True) | Q(number__gt=min(known.values()))
+    )
+    undelivered = Outbox.objects.filter(name=OuterRef("name"), done__isnull=True)
+    with _atomic():
+        rows = MediaFile.objects.using(using).filter(
+            ~Exists(unconfirmed), ~Exists(undelivered), state=State.PURGED, deleted__lt=timezone.now() - older_than
+        )
+        media = set(rows.exclude(logical=None).values_list("logical_id", flat=True))
+        count = rows.delete()[1].get(MediaFile._meta.label, 0)
+        Media.objects.using(using).filter(pk__in=media, versions=None).delete()
+    return count
+
+
+# Versions
+
+
+def versions(file: MediaFile) -> list[MediaFile]:
+    """Return all versions of the logical file that *file* belongs to, the newest first."""
+    rows = MediaFile.objects.using(database())
+    fresh = rows.get(pk=file.pk)
+    if fresh.logical_id is None:
+        return [fresh]
+    return list(rows.filter(logical_id=fresh.logical_id).order_by("-version"))
+
+
+def current(file: MediaFile) -> MediaFile | None:
+    """Return the current version of the logical file of *file*; None when all are deleted."""
+    fresh = MediaFile.objects.using(database()).select_related("logical__current").get(pk=file.pk)
+    if fresh.logical is None:
+        return fresh if fresh.state == State.STORED else None
+    return fresh.logical.current
+
+
+def restore(file: MediaFile) -> None:
+    """Make an older version the current one again. No bytes are moved. May be repeated."""
+    with _atomic():
+        locked, media = _locked(file.pk)
+        if locked.state != State.STORED:
+            raise FileIsDeleted(f"{locked.name} was deleted")
+        if media is not None and media.current_id != locked.pk:
+            media.current = locked
+            media.save(update_fields=["current"])
+            _change(locked, Kind.CURRENT)
+
+
+def expirable(*, keep: int = 0, older_than: timedelta = timedelta(0)) -> Iterator[MediaFile]:
+    """Yield the old versions that may go: not current, not among the *keep* newest of the others.
+
+    *older_than* is the least age of a version.
+    """
+    if keep < 0:
+        raise ValueError("keep must not be negative")
+    rows = (
+        MediaFile.objects.using(database())
+        .filter(state=State.STORED, logical__isnull=False)
+        .exclude(pk=F("logical__current_id"))
+        .order_by("logical_id", "-version")
+    )
+    limit = timezone.now() - older_than
+    logical, kept = None, 0
+    for file in rows.iterator():
+        if file.logical_id != logical:
+            logical, kept = file.logical_id, 0
+        if kept < keep:
+            kept += 1
+        elif file.created <= limit:
+            yield file
+
+
+def expire(*, keep: int = 0, older_than: timedelta = timedelta(0)) -> list[str]:
+    """Delete what :func:`expirable` yields; return the names."""
+    return [name for file in list(expirable(keep=keep, older_than=older_than)) if (name := _expire_one(file))]
+
+
+def _expire_one(file: MediaFile) -> str | None:
+    with _atomic():
+        locked, media = _locked(file.pk)
+        if media is None or media.current_id == locked.pk:  # restored in the meantime
+            return None
+        delete(locked)
+    return locked.name

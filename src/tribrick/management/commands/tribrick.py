@@ -1,0 +1,390 @@
+"""``manage.py tribrick COMMAND``: audit and repair, versions, ledger, replication."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from django.contrib.auth import get_user_model
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import DatabaseError, close_old_connections, connections
+
+from tribrick import audit, catalog, ledger
+from tribrick.conf import setting
+from tribrick.errors import StorageError
+from tribrick.models import MediaFile
+
+log = logging.getLogger("tribrick.commands")
+EXIT = """\
+Exit codes: 0 all in order, 1 something differs or could not be done, 2 it could not be found out
+(a copy or the database is away)."""
+_SHOWN = 20
+
+
+class Command(BaseCommand):
+    """See the module's text."""
+
+    help = "Compare, mend and look after stored media files. COMMAND --help tells more."
+    requires_system_checks: list[str] = []
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare the commands."""
+        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+        def command(name: str, work: Callable[[dict[str, Any]], None], text: str, more: str = "") -> CommandParser:
+            made: CommandParser = commands.add_parser(
+                name, help=text, description=f"{text}.", epilog=f"{more}\n\n{EXIT}".lstrip(),
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )  # fmt: skip
+            made.set_defaults(work=work)
+            made.add_argument("--json", action="store_true", help="answer with one JSON document")
+            return made
+
+        def storage(made: CommandParser) -> None:
+            made.add_argument("--storage", default="default", metavar="KEY", help="the key in STORAGES (default)")
+
+        def apply(made: CommandParser) -> None:
+            made.add_argument("--apply", action="store_true", help="do it; without this it is only said")
+
+        def source(made: CommandParser) -> None:
+            storage(made)
+            made.add_argument("--copy", action="append", metavar="NAME", help="only this copy; may be repeated")
+            made.add_argument("--ledger", action="store_true", help="go by the ledger; the database may be away")
+
+        one = command(
+            "audit", self._audit, "Compare the catalog with the storage and every copy of it, byte by byte",
+            "Found are: missing, torn (shorter, or ending in zeros), different, unreadable, dead (deleted, but\n"
+            "there) and extra (not in the catalog). Files younger than an hour are not called extra.",
+        )  # fmt: skip
+        source(one)
+        one.add_argument("--sample", type=_positive, metavar="N", help="only N files at random, and nothing extra")
+        one.add_argument("--resume", metavar="FILE", help="keep there how far it is, and go on from there")
+
+        one = command(
+            "reconcile", self._reconcile, "Mend what an audit finds, from a copy with the catalog's hash",
+            "What is replaced goes to the storage's quarantine. Media hosts are mended through the outbox.\n"
+            "Extra files are left alone.",
+        )  # fmt: skip
+        source(one)
+        one.add_argument("--host", metavar="NAME", help="mend only this copy or host")
+        apply(one)
+
+        one = command(
+            "adopt", self._adopt, "Take files into the catalog that lie in the storage and are not in it",
+            "Nothing is moved. Names of deleted files are refused.",
+        )  # fmt: skip
+        storage(one)
+        one.add_argument("--under", default="", metavar="DIRECTORY", help="only files below this directory")
+        one.add_argument("--owner", metavar="USERNAME", help="the owner to note")
+        apply(one)
+
+        one = command(
+            "sweep", self._sweep, "Move files that our code made and that never got a row to a quarantine",
+            "They must be 24 hours older than the oldest open transaction. The quarantine is emptied after 30\n"
+            "days. Bytes of deleted files are removed again. Foreign files are reported, never touched.",
+        )  # fmt: skip
+        storage(one)
+        one.add_argument(
+            "--accept", type=_positive, default=0, metavar="N", help="take up to N even if that is more than 1 %%"
+        )
+        apply(one)
+
+        one = command("versions", self._versions, "List the versions of a file, go back to one, or expire old ones")
+        one.add_argument("name", nargs="?", help="the stored name of any version")
+        one.add_argument("--restore", action="store_true", help="make this version the current one")
+        one.add_argument("--expire", action="store_true", help="of all files, delete versions that are not current")
+        one.add_argument("--keep", type=_natural, default=0, metavar="N", help="but keep the N newest of them")
+        one.add_argument("--older-than", type=_natural, default=0, metavar="DAYS", help="and younger ones")
+        apply(one)
+
+        one = command("ledger", self._ledger, "Copy the changes of the catalog to a local file, check it, use it")
+        one.add_argument("what", choices=["follow", "verify", "rebuild"], help="rebuild writes a lost catalog again")
+        one.add_argument("--path", metavar="FILE", help='the ledger; TRIBRICK["LEDGER"] if not given')
+        one.add_argument("--once", action="store_true", help="follow: copy what is new and end")
+        one.add_argument("--interval", type=float, default=ledger.INTERVAL, metavar="S", help="follow: seconds")
+        one.add_argument("--no-database", action="store_true", help="verify: check the file alone")
+        apply(one)
+
+        one = command(
+            "replicate", self._replicate, "Deliver the outbox to media hosts, and finish interrupted deletes",
+        )  # fmt: skip
+        one.add_argument("--once", action="store_true", help="do what is due and end")
+        one.add_argument("--again", action="store_true", help="first remove the bytes of all deleted files once more")
+
+        one = command("backfill", self._backfill, "Put every file into the outbox for a new media host")
+        storage(one)
+        one.add_argument("host", help="as it stands in MEDIA_HOSTS")
+
+    def handle(self, *_args: Any, **options: Any) -> None:
+        """Run the command; errors of the outside world are one sentence."""
+        try:
+            options["work"](options)
+        except (audit.AuditError, ledger.LedgerError) as error:
+            raise CommandError(str(error), returncode=1) from error
+        except (StorageError, DatabaseError, sqlite3.Error, OSError) as error:
+            raise CommandError(" ".join(str(error).split()), returncode=2) from error
+
+    # Talking.
+
+    def _say(self, text: str) -> None:
+        self.stdout.write(text)
+
+    def _answer(self, options: dict[str, Any], document: dict[str, Any], text: list[str]) -> None:
+        self._say(json.dumps(document, indent=2, default=str) if options["json"] else "\n".join(text))
+
+    def _progress(self) -> audit.Progress:
+        """Return a progress line on a terminal, nothing elsewhere."""
+        if not sys.stderr.isatty():
+            return lambda _what, _done, _total: None
+        shown = [0.0]
+
+        def show(what: str, done: int, total: int) -> None:
+            if done < total and time.monotonic() - shown[0] < 0.2:
+                return
+            shown[0] = time.monotonic()
+            part = f"{100 * done // total:3d} %" if total else ""
+            bar = "#" * (30 * done // total if total else 0)
+            end = "\n" if done >= total and what == "files" else ""
+            sys.stderr.write(f"\r\033[K{what} [{bar:30}] {part} {done} of {total}{end}")
+            sys.stderr.flush()
+
+        return show
+
+    # Audit and repair.
+
+    def _set_up(self, options: dict[str, Any]) -> tuple[audit.Source, list[audit.Copy], list[audit.Copy]]:
+        """Return the source, the copies asked for, and all of them."""
+        alias = options["storage"]
+        every = audit.copies(alias)
+        wanted = options["copy"] or [copy.name for copy in every]
+        if unknown := set(wanted) - {copy.name for copy in every}:
+            raise CommandError(
+                f"no copy is called {', '.join(sorted(unknown))}; there are {', '.join(copy.name for copy in every)}"
+            )
+        source: audit.Source = audit.CatalogSource(alias)
+        if options["ledger"]:
+            source = audit.LedgerSource(alias, ledger.Ledger(self._path(options.get("path"))))
+        return source, [copy for copy in every if copy.name in wanted], every
+
+    def _audit(self, options: dict[str, Any]) -> None:
+        source, over, _every = self._set_up(options)
+        job = audit.Audit(source, over, resume=options["resume"], progress=self._progress())
+        report = job.run(sample=options["sample"])
+        self._report(options, report)
+
+    def _report(self, options: dict[str, Any], report: audit.Report) -> None:
+        text = [
+            f"{one.kind}: {one.name} in {one.copy}{f' ({one.note})' if one.note else ''}" for one in report.findings
+        ]
+        text += [f"away: {name}: {why}" for name, why in report.away.items()]
+        text.append(f"{report.checked} files, {len(report.copies)} copies, {len(report.findings)} differences")
+        self._answer(options, report.as_dict(), text)
+        if report.away:
+            raise CommandError(f"away: {', '.join(report.away)}", returncode=2)
+        if report.findings:
+            raise CommandError(f"{len(report.findings)} differences", returncode=1)
+
+    def _reconcile(self, options: dict[str, Any]) -> None:
+        if options["host"]:
+            options["copy"] = [options["host"]]
+        source, over, every = self._set_up(options)
+        report = audit.Audit(source, over, progress=self._progress()).run()
+        repairs = list(audit.reconcile(report.findings, source, every, apply=options["apply"]))
+        text = [f"{one.finding.kind}: {one.finding.name} in {one.finding.copy}: {one.what}" for one in repairs]
+        text += [f"away: {name}: {why}" for name, why in report.away.items()]
+        failed = sum(not one.ok for one in repairs if one.finding.kind != "extra")
+        mended = sum(one.ok for one in repairs)
+        text.append(
+            f"{report.checked} files; {mended} {'mended' if options['apply'] else 'to mend'}, {failed} cannot be"
+        )
+        if not options["apply"] and mended:
+            text.append("Nothing was done; --apply does it.")
+        document = {
+            "applied": options["apply"],
+            "away": report.away,
+            "repairs": [{**vars(one.finding), "ok": one.ok, "what": one.what} for one in repairs],
+        }
+        self._answer(options, document, text)
+        if report.away:
+            raise CommandError(f"away: {', '.join(report.away)}", returncode=2)
+        if failed:
+            raise CommandError(f"{failed} could not be mended", returncode=1)
+
+    def _adopt(self, options: dict[str, Any]) -> None:
+        owner = None
+        if options["owner"]:
+            owner = (
+                get_user_model()
+                ._default_manager.filter(**{str(get_user_model().USERNAME_FIELD): options["owner"]})
+                .first()
+            )
+            if owner is None:
+                raise CommandError(f"there is no account {options['owner']}")
+        alias = options["storage"]
+        found = audit.strays(alias, self._progress())
+        adopted = list(
+            audit.adopt(found, alias, under=options["under"], apply=options["apply"], owner=owner)
+        )  # fmt: skip
+        taken = [one.name for one in adopted if not one.refused]
+        refused = {one.name: one.refused for one in adopted if one.refused}
+        text = [*taken, *(f"refused: {name!r}: {why}" for name, why in refused.items())]
+        text.append(f"{len(taken)} {'adopted' if options['apply'] else 'to adopt'}, {len(refused)} refused")
+        self._answer(options, {"applied": options["apply"], "adopted": taken, "refused": refused}, text)
+        if refused:
+            raise CommandError(f"{len(refused)} refused", returncode=1)
+
+    def _sweep(self, options: dict[str, Any]) -> None:
+        alias = options["storage"]
+        found = audit.strays(alias, self._progress())
+        doomed = [one.name for one in [*found.own, *found.rests]]
+        document: dict[str, Any] = {
+            "applied": options["apply"], "seen": found.seen, "own": doomed, "young": found.young,
+            "dead": [known.name for known in found.dead], "foreign": [one.name for one in found.foreign],
+        }  # fmt: skip
+        text = [f"without a row: {name}" for name in doomed]
+        text += [f"deleted, but there: {known.name}" for known in found.dead]
+        text += [f"foreign, left alone: {one.name}" for one in found.foreign[:_SHOWN]]
+        if len(found.foreign) > _SHOWN:
+            text.append(f"... and {len(found.foreign) - _SHOWN} more foreign files; --json names all; adopt takes them")
+        text.append(f"{found.seen} files, {len(doomed)} without a row, {found.young} too young to tell")
+        if options["apply"]:
+            swept = audit.sweep(found, alias, accept=options["accept"])
+            document |= vars(swept)
+            text.append(
+                f"{len(swept.quarantined)} moved to {audit.QUARANTINE}, {len(swept.removed)} removed again, "
+                f"{swept.expired} removed from the quarantine"
+            )
+        self._answer(options, document, text)
+
+    # Versions.
+
+    def _versions(self, options: dict[str, Any]) -> None:
+        if options["expire"]:
+            if options["name"] or options["restore"]:
+                raise CommandError("--expire is for all files; give neither a name nor --restore")
+            rules: dict[str, Any] = {"keep": options["keep"], "older_than": timedelta(days=options["older_than"])}
+            gone = catalog.expire(**rules) if options["apply"] else [file.name for file in catalog.expirable(**rules)]
+            text = [*gone, f"{len(gone)} {'deleted' if options['apply'] else 'to delete'}"]
+            self._answer(options, {"applied": options["apply"], "expired": gone}, text)
+            return
+        file = MediaFile.objects.filter(name=options["name"] or "").first()
+        if file is None:
+            raise CommandError(
+                f"the catalog has no {options['name']}" if options["name"] else "give a name, or --expire"
+            )
+        if options["restore"]:
+            try:
+                catalog.restore(file)
+            except catalog.FileIsDeleted as error:
+                raise CommandError(str(error)) from error
+        shown = catalog.current(file)
+        rows = [
+            {
+                "version": one.version, "name": one.name, "state": one.state, "size": one.size, "sha256": one.sha256,
+                "created": one.created.isoformat(), "current": one == shown,
+            }
+            for one in catalog.versions(file)
+        ]  # fmt: skip
+        text = [
+            f"{'*' if row['current'] else ' '} {row['version']:3d} {row['state']:8} {row['size']:>12} {row['name']}"
+            for row in rows
+        ]
+        self._answer(options, {"versions": rows}, text)
+
+    # Ledger.
+
+    @staticmethod
+    def _path(given: str | None) -> str:
+        path = given or setting("LEDGER")
+        if not path:
+            raise CommandError('give --path, or set TRIBRICK["LEDGER"]')
+        return str(path)
+
+    def _ledger(self, options: dict[str, Any]) -> None:
+        path = self._path(options["path"])
+        if options["what"] == "follow":
+            node = str(setting("NODE"))
+            if options["once"]:
+                copied = ledger.follow_once(path, node=node)
+                self._answer(options, {"copied": copied}, [f"{copied} changes copied"])
+                return
+            ledger.follow(
+                path, node=node, interval=options["interval"], stop=_stop_on_signals(), said=self.stderr.write
+            )
+        elif options["what"] == "verify":
+            number, chain, behind = ledger.verify(path, database=not options["no_database"])
+            document = {"number": number, "chain": chain, "behind": behind}
+            self._answer(options, document, [f"in order up to change {number}, {behind} behind; chain {chain}"])
+        else:
+            done = ledger.rebuild(path, apply=options["apply"])
+            what = "written" if options["apply"] else "missing; --apply writes them"
+            text = [f"{done.changes} changes, {done.files} files, {done.updated} newer states {what}"]
+            self._answer(options, {"applied": options["apply"], **vars(done)}, text)
+
+    # Replication.
+
+    def _replicate(self, options: dict[str, Any]) -> None:
+        from tribrick.outbox import Worker
+
+        if options["again"]:
+            removed, failed = catalog.finish_deletes(again=True)
+            self._say(f"{removed} removed once more, {failed} failed")
+        worker = Worker()
+        if options["once"]:
+            delivered = worker.work()
+            removed, failed = catalog.finish_deletes()
+            expired = catalog.expire_tombstones()
+            document = {"delivered": delivered, "removed": removed, "failed": failed, "expired": expired}
+            text = f"{delivered} delivered, {removed} deletes finished, {failed} failed, {expired} tombstones expired"
+            self._answer(options, document, [text])
+            if failed:
+                raise CommandError(f"{failed} deletes could not be finished", returncode=1)
+            return
+        stop = _stop_on_signals()
+        thread = threading.Thread(target=worker.run, args=(stop,), name="tribrick-outbox", daemon=True)
+        thread.start()
+        while not stop.wait(5.0):
+            if not thread.is_alive():
+                raise CommandError("the outbox worker ended", returncode=2)
+            try:
+                close_old_connections()
+                catalog.finish_deletes()
+                catalog.expire_tombstones()
+            except (StorageError, DatabaseError) as error:
+                log.warning("deletes cannot be finished now: %s", " ".join(str(error).split()))
+                connections[catalog.database()].close()
+        thread.join(60)
+
+    def _backfill(self, options: dict[str, Any]) -> None:
+        count = audit.backfill(options["host"], options["storage"], self._progress())
+        self._answer(options, {"queued": count}, [f"{count} files put into the outbox for {options['host']}"])
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    return stop
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

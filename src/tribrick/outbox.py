@@ -1,0 +1,322 @@
+"""The outbox: work for media hosts that outlives requests, workers and outages.
+
+Rows are written in the transaction that they belong to. For each host and name they are done in
+the order of their numbers. A row is claimed by moving its ``not_before`` behind the deadline of
+the attempt, so that another worker takes it over when this one was killed.
+
+No deleted file comes back:
+
+- A PUT is not sent once its name has a tombstone or a later DELETE.
+- An attempt that was given up, or whose worker was killed, may still reach the host. So where one
+  was made, the DELETE is sent twice, the second time ``LATE`` after the first, when the PUT's
+  deadline is long over.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, Final
+
+from django.conf import settings
+from django.core.files.storage import storages
+from django.db import close_old_connections, connections, router, transaction
+from django.db.models import Exists, Min, OuterRef, Q
+from django.utils import timezone
+
+from tribrick.models import MediaFile, Operation, Outbox, State
+from tribrick.storage.base_remote import DELETE, RemoteStorage
+from tribrick.storage.transport import Deadline, TransportError, UnexpectedStatusCode
+from tribrick.storage.volume import StoredFile
+
+log = logging.getLogger("tribrick.outbox")
+SOON = 1.0
+LATE = 60.0
+KEPT = timedelta(days=7)
+_LONGEST_PAUSE: Final = 300.0
+_MARGIN: Final = 5.0
+_NOT_SENT: Final = "not sent: the file was deleted"
+_ONCE_MORE: Final = "deleted; once more when no late PUT can arrive"
+
+
+def database() -> str:
+    """Return the alias of the database that holds the outbox."""
+    return router.db_for_write(Outbox)
+
+
+def _rows() -> Any:
+    return Outbox.objects.using(database())
+
+
+def _after(seconds: float) -> datetime:
+    return timezone.now() + timedelta(seconds=seconds)
+
+
+# Writing work down
+
+
+def add_put(stored: StoredFile, hosts: Sequence[str], *, attempts: int = 0, error: str = "", delay: float = 0) -> None:
+    """Note that *hosts* need a file. *attempts* says that one was made and its end is not sure."""
+    _rows().bulk_create(
+        Outbox(
+            name=stored.name,
+            operation=Operation.PUT,
+            host=host,
+            sha256=stored.sha256,
+            size=stored.size,
+            attempts=attempts,
+            last_error=error,
+            not_before=_after(delay),
+        )
+        for host in hosts
+    )
+
+
+def add_delete(name: str, hosts: Sequence[str], *, delay: float = 0) -> None:
+    """Note that *name* must go from *hosts*; those where this is noted already are left out."""
+    noted = set(_rows().filter(name=name, operation=Operation.DELETE, done=None).values_list("host", flat=True))
+    _rows().bulk_create(
+        Outbox(name=name, operation=Operation.DELETE, host=host, not_before=_after(delay))
+        for host in hosts
+        if host not in noted
+    )
+
+
+def add_delete_apart(name: str, hosts: Sequence[str], *, delay: float = 0) -> None:
+    """The same in a transaction of its own, so that the caller's rollback does not take it back.
+
+    SQLite allows one writer at a time, so there it is the caller's transaction after all.
+    """
+    connection = connections[database()]
+    if not connection.in_atomic_block or connection.vendor == "sqlite":
+        add_delete(name, hosts, delay=delay)
+        return
+    failed: list[Exception] = []
+
+    def write() -> None:
+        try:
+            add_delete(name, hosts, delay=delay)
+        except Exception as error:  # noqa: BLE001  raised again by who waits
+            failed.append(error)
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=write, name="tribrick-outbox")  # connections belong to threads
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def hosts_of_unclean_puts(name: str) -> list[str]:
+    """Return the hosts where a PUT of *name* is waiting, under way, or has failed before."""
+    unclean = _rows().filter(name=name, operation=Operation.PUT).filter(Q(done=None) | ~Q(last_error=""))
+    return sorted(set(unclean.values_list("host", flat=True)))
+
+
+# Doing it
+
+
+@dataclass(frozen=True)
+class Lag:
+    """What is waiting for one host, since when, and what went wrong last."""
+
+    host: str
+    waiting: int
+    oldest: datetime | None
+    last_error: str
+
+
+def lag() -> list[Lag]:
+    """Return what is waiting, by host."""
+    found = []
+    waiting = _rows().filter(done=None)
+    for host in sorted(set(waiting.values_list("host", flat=True))):
+        mine = waiting.filter(host=host)
+        failed = mine.exclude(last_error="").order_by("-attempts", "id").first()
+        oldest = mine.aggregate(oldest=Min("created"))["oldest"]
+        found.append(Lag(host, mine.count(), oldest, failed.last_error if failed is not None else ""))
+    return found
+
+
+def forget_host(host: str) -> int:
+    """Give up the work for a host that is gone for good; return how much it was."""
+    return int(_rows().filter(host=host, done=None).update(done=timezone.now(), last_error="the host was given up"))
+
+
+def remove_done(older_than: timedelta = KEPT) -> int:
+    """Remove what was done long ago."""
+    waiting = Outbox.objects.filter(name=OuterRef("name"), done=None)
+    old = _rows().filter(done__lt=timezone.now() - older_than).filter(~Exists(waiting))
+    return int(old.delete()[0])
+
+
+class Worker:
+    """Delivers the outbox. Any number of them may run, on any node.
+
+    A worker needs the bytes: the local copy of its own node, or another host that has them.
+    """
+
+    def __init__(self, *, late: float | None = None, pause: float = 1.0) -> None:
+        self._late = late
+        self._pause = pause
+
+    @property
+    def late(self) -> float:
+        """Seconds after which a PUT that was given up cannot arrive any more."""
+        return LATE if self._late is None else self._late
+
+    # Which storage and host.
+
+    @staticmethod
+    def storages() -> dict[str, RemoteStorage]:
+        """Return the storages with media hosts, by their key in ``STORAGES``."""
+        named = {alias: storages[alias] for alias in settings.STORAGES}
+        return {alias: storage for alias, storage in named.items() if isinstance(storage, RemoteStorage)}
+
+    def hosts(self) -> list[str]:
+        """Return all media hosts."""
+        return sorted({host for storage in self.storages().values() for host in storage.hosts})
+
+    def _storage(self, row: Outbox, file: MediaFile | None) -> RemoteStorage:
+        fitting = {alias: storage for alias, storage in self.storages().items() if row.host in storage.hosts}
+        if file is not None and file.storage in fitting:
+            return fitting[file.storage]
+        if not fitting:
+            raise TransportError(f"no storage has the host {row.host}")
+        return next(iter(fitting.values()))
+
+    # Rounds.
+
+    def work(self, *, name: str | None = None) -> int:
+        """Do all that is due now, on all hosts in parallel; return how many deliveries succeeded."""
+        done: list[int] = []
+
+        def drain(host: str) -> None:
+            self._with_connection(lambda: done.append(self._drain(host, name)))
+
+        threads = [threading.Thread(target=drain, args=(host,)) for host in self.hosts()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(done)
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until *stop* is set, each host in a thread, so that a slow one holds up no other."""
+        threads: dict[str, threading.Thread] = {}
+        cleaned = timezone.now()
+        while not stop.is_set():
+            for host in self.hosts():
+                if host not in threads or not threads[host].is_alive():
+                    threads[host] = threading.Thread(
+                        target=self._with_connection,
+                        args=(partial(self._follow, host, stop),),
+                        name=f"tribrick-outbox-{host}",
+                        daemon=True,
+                    )
+                    threads[host].start()
+            if timezone.now() - cleaned > timedelta(hours=1):
+                self._with_connection(remove_done)
+                cleaned = timezone.now()
+            stop.wait(self._pause)
+        for thread in threads.values():
+            thread.join()
+
+    @staticmethod
+    def _with_connection(work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception:
+            log.exception("the outbox worker stumbled; it goes on")
+        finally:
+            connections.close_all()
+
+    def _follow(self, host: str, stop: threading.Event) -> None:
+        while not stop.is_set() and host in self.hosts():
+            if not self.deliver_one(host):
+                close_old_connections()
+                stop.wait(self._pause)
+
+    def _drain(self, host: str, name: str | None) -> int:
+        done = 0
+        while (result := self.deliver_one(host, name)) is not None:
+            done += result
+        return done
+
+    # One delivery.
+
+    def claim(self, host: str, name: str | None = None) -> tuple[Outbox, Deadline] | None:
+        """Take the next due row of *host* and the deadline of the attempt; None if there is none."""
+        earlier = Outbox.objects.filter(host=OuterRef("host"), name=OuterRef("name"), id__lt=OuterRef("id"), done=None)
+        due = _rows().filter(host=host, done=None, not_before__lte=timezone.now()).filter(~Exists(earlier))
+        if name is not None:
+            due = due.filter(name=name)
+        with transaction.atomic(using=database()):
+            row = due.order_by("id").select_for_update(skip_locked=True, of=("self",)).first()
+            if row is None:
+                return None
+            deadline = next(iter(self.storages().values())).deadline(row.size)
+            row.attempts += 1
+            row.not_before = _after(deadline.seconds + _MARGIN)
+            row.save(update_fields=["attempts", "not_before"])
+        return row, deadline
+
+    def deliver_one(self, host: str, name: str | None = None) -> bool | None:
+        """Deliver the next due row of *host*: True if that succeeded; None if there is none."""
+        claimed = self.claim(host, name)
+        if claimed is None:
+            return None
+        row, deadline = claimed
+        try:
+            remark = self._deliver(row, deadline)
+        except Exception as error:  # noqa: BLE001  whatever it is, the row stays and is tried again
+            log.warning("%s failed, attempt %d: %s", row, row.attempts, error)
+            pause = min(_LONGEST_PAUSE, 2.0 ** min(row.attempts, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+            self._settle(row, last_error=" ".join(str(error).split()) or type(error).__name__, not_before=_after(pause))
+            return False
+        if remark == _ONCE_MORE:
+            self._settle(row, last_error=remark, not_before=_after(self.late))
+        elif remark:
+            self._settle(row, last_error=remark, done=timezone.now())
+        else:
+            self._settle(row, done=timezone.now())
+        return True
+
+    def _settle(self, row: Outbox, **values: Any) -> None:
+        """Write the end of the attempt, unless another worker has taken the row over."""
+        _rows().filter(pk=row.pk, attempts=row.attempts, done=None).update(**values)
+
+    def _deliver(self, row: Outbox, deadline: Deadline) -> str:
+        file = MediaFile.objects.using(database()).filter(name=row.name).first()
+        storage = self._storage(row, file)
+        if row.operation == Operation.DELETE:
+            storage.execute_one(DELETE, row.host, row.name, None, deadline)
+            return _ONCE_MORE if row.last_error != _ONCE_MORE and self._may_come_late(row) else ""
+        if (file is not None and file.state != State.STORED) or self._is_deleted(row):
+            return _NOT_SENT
+        with storage.source(row.name, besides=row.host) as body:
+            if row.sha256 and body.sha256 != row.sha256:
+                raise TransportError(f"the bytes at hand are not those that were stored: SHA-256 {body.sha256}")
+            try:
+                storage.upload(row.host, row.name, body, deadline)
+            except UnexpectedStatusCode as error:
+                if error.status == 410:
+                    return "not taken: the host has a tombstone"
+                raise
+        return ""
+
+    @staticmethod
+    def _is_deleted(row: Outbox) -> bool:
+        return bool(_rows().filter(name=row.name, operation=Operation.DELETE, id__gt=row.pk).exists())
+
+    @staticmethod
+    def _may_come_late(row: Outbox) -> bool:
+        """Return whether a PUT of this name was tried on this host without a clean end."""
+        puts = _rows().filter(host=row.host, name=row.name, operation=Operation.PUT, id__lt=row.pk)
+        return bool(puts.exclude(attempts=1, last_error__in=["", _NOT_SENT]).exists())

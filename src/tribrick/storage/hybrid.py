@@ -1,0 +1,136 @@
+"""The storage that keeps a file here and brings it to all media hosts before it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from django.core.files import File
+from django.utils.deconstruct import deconstructible
+
+from tribrick.storage.base_remote import RemoteStorage
+from tribrick.storage.transport import CHUNK, Body, opener_of
+from tribrick.storage.volume import StoredFile, VolumeStorage
+
+
+@deconstructible(path="tribrick.storage.HybridStorage")
+class HybridStorage(RemoteStorage, VolumeStorage):
+    """Files in a local directory and on media hosts: local first, then PUT to all in parallel.
+
+    A save returns when the local copy is durable and ``write_quorum`` hosts have confirmed it. The
+    others get the file from the outbox; without one, all must confirm. Reads are local, and go to
+    the hosts for what is not here. Do not list a host whose files are this very directory.
+
+    The local directory needs no sentinel unless *sentinel_id* gives one.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[str] | None = None,
+        base_url: str | None = None,
+        transport: Any = None,
+        *,
+        write_quorum: int | str | None = None,
+        fatal_exceptions: bool | None = None,
+        show_traceback: bool | None = None,
+        timeout: float | None = None,
+        location: str | os.PathLike[str] | None = None,
+        sentinel_id: str | bool = False,
+        **options: Any,
+    ) -> None:
+        VolumeStorage.__init__(self, location=location, base_url=base_url, sentinel_id=sentinel_id, **options)
+        self._set_remote(hosts, transport, write_quorum, fatal_exceptions, show_traceback, timeout)
+
+    # Writing.
+
+    def store(self, content: IO[Any] | File[Any], name: str, max_length: int | None = None) -> StoredFile:
+        """Store *content* under a new unique name and say what was stored; for ``tribrick.catalog.add``."""
+        return self._keep(VolumeStorage.store(self, content, name, max_length), None)
+
+    def _save(self, name: str, content: File[Any]) -> str:
+        return self._keep(VolumeStorage._write(self, name, content), content).name
+
+    def _keep(self, stored: StoredFile, described: File[Any] | None) -> StoredFile:
+        try:
+            self._sync_directories(stored.name)
+            with self._local(stored.name) as descriptor:
+                body = Body(stored.size, stored.sha256, opener_of(descriptor, stored.size))
+        except BaseException:
+            VolumeStorage.delete(self, stored.name)
+            raise
+        self._replicate(stored, body, described, local=True)
+        return stored
+
+    def _sync_directories(self, name: str) -> None:
+        """Make the name durable: on a local disk that is a matter of its directories."""
+        directory = os.path.dirname(name)
+        while True:
+            descriptor = os.open(self.path(directory) if directory else self.location, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if not directory:
+                return
+            directory = os.path.dirname(directory)
+
+    def _undo(self, name: str, results: Any) -> None:
+        try:
+            super()._undo(name, results)
+        finally:
+            VolumeStorage.delete(self, name)
+
+    def _delete_bytes(self, name: str, *, catalogued: bool) -> None:
+        VolumeStorage.delete(self, name)
+        super()._delete_bytes(name, catalogued=catalogued)
+
+    # Reading.
+
+    def _open(self, name: str, mode: str = "rb") -> File[Any]:
+        if set(mode) - set("rbt"):
+            raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
+        try:
+            return VolumeStorage._open(self, name, mode)
+        except (FileNotFoundError, NotADirectoryError):
+            file: IO[Any] = self._download(name)
+        return File(file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8"), name)
+
+    def exists(self, name: str) -> bool:
+        """Ask the disk, then the catalog, then the hosts."""
+        return VolumeStorage.exists(self, name) or self._exists_remotely(name)
+
+    def size(self, name: str) -> int:
+        """Return the size in bytes."""
+        try:
+            return VolumeStorage.size(self, name)
+        except (FileNotFoundError, NotADirectoryError):
+            return self._size_remotely(name)
+
+    @contextlib.contextmanager
+    def source(self, name: str, *, besides: str | None = None) -> Iterator[Body]:
+        """Yield the bytes of a stored file: from here, or from a host that has it."""
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(self._local(name))
+            except (FileNotFoundError, NotADirectoryError):
+                body = stack.enter_context(super().source(name, besides=besides))
+            else:
+                hasher, size = hashlib.sha256(), os.fstat(descriptor).st_size
+                opener = opener_of(descriptor, size)
+                with opener() as file:
+                    while chunk := file.read(CHUNK):
+                        hasher.update(chunk)
+                body = Body(size, hasher.hexdigest(), opener)
+            yield body
+
+    @contextlib.contextmanager
+    def _local(self, name: str) -> Iterator[int]:
+        descriptor = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Real media hosts in threads, and a site that keeps its files on them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.apps import apps
+from django.conf import settings
+from django.core.files.storage import storages
+from django.test import override_settings
+
+from tribrick.testing import TestHttpServer
+
+if not apps.is_installed("tribrick"):
+    settings.INSTALLED_APPS = [*settings.INSTALLED_APPS, "tribrick"]
+    apps.set_installed_apps(settings.INSTALLED_APPS)
+
+BACKENDS = {
+    "hybrid": "tribrick.storage.HybridStorage",
+    "async": "tribrick.storage.AsyncStorage",
+    "distributed": "tribrick.storage.DistributedStorage",
+}
+
+
+@pytest.fixture
+def servers() -> Iterator[Callable[[int], list[TestHttpServer]]]:
+    """Start media hosts."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count: [stack.enter_context(TestHttpServer()) for _ in range(count)]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Make a storage the site's default one: ``site("hybrid", servers, TIMEOUT=1)``."""
+    with contextlib.ExitStack() as stack:
+
+        def configure(kind: str, hosts: list[TestHttpServer], options: Any = None, **tribrick: Any) -> Any:
+            local = {} if kind == "distributed" else {"location": str(tmp_path / "local")}
+            Path(tmp_path / "local").mkdir(exist_ok=True)
+            stack.enter_context(
+                override_settings(
+                    STORAGES={
+                        **settings.STORAGES,
+                        "default": {"BACKEND": BACKENDS[kind], "OPTIONS": {**local, **(options or {})}},
+                    },
+                    TRIBRICK={
+                        **settings.TRIBRICK,
+                        "MEDIA_HOSTS": [server.host for server in hosts],
+                        "TIMEOUT": 0.8,
+                        **tribrick,
+                    },
+                )
+            )
+            vars(storages).update(backends=settings.STORAGES, _storages={})  # 4.2 loses overridden OPTIONS
+            return storages["default"]
+
+        yield configure
+
+
+@pytest.fixture
+def local_files(tmp_path: Path) -> Callable[[], list[str]]:
+    """Return the names of the local copies."""
+    root = tmp_path / "local"
+    return lambda: sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.fixture(autouse=True)
+def _no_late_puts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait a minute for what the tests wait for themselves."""
+    from tribrick import outbox
+
+    monkeypatch.setattr(outbox, "LATE", 0.0)
+    monkeypatch.setattr(outbox, "SOON", 0.0)
+
+
+@pytest.fixture
+def make_due() -> Callable[[], None]:
+    """Let the waiting work of the outbox be due."""
+    from django.utils import timezone
+
+    from tribrick.models import Outbox
+
+    return lambda: Outbox.objects.filter(done=None).update(not_before=timezone.now()) and None
+
+
+@pytest.fixture
+def waiting() -> Callable[[], list[tuple[str, str]]]:
+    """Return the operation and the host of what waits in the outbox."""
+    from tribrick.models import Outbox
+
+    return lambda: sorted(Outbox.objects.filter(done=None).values_list("operation", "host"))
