@@ -28,6 +28,7 @@ EXPECTED = {
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "docs/catalog.md",
     "docs/lab.md",
     "docs/measurements.md",
     "docs/offline.md",
@@ -35,8 +36,10 @@ EXPECTED = {
     "docs/ports.md",
     "docs/runbooks/README.md",
     "docs/security.md",
+    "docs/storages.md",
     "docs/testing.md",
     "docs/variables.md",
+    "docs/volume-storage.md",
 }
 VARIABLES = ROOT / "templates" / "inventory"
 
