@@ -302,9 +302,9 @@ class Guard:
             call.overdue = True
             self._stuck.add(call)
             self._end_trial(call, succeeded=False)
-            if self._state != "open":
-                self._state = "open"
+            if self._state == "closed":
                 log.error("%s does not answer; it is left alone until a probe returns", self.name)
+            self._state = "open"
             self._freed.notify_all()
             self._probe_deadline = call.deadline
             self._start_keeper()
