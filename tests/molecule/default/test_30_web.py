@@ -34,6 +34,13 @@ def test_headers_of_a_picture(rig, row, node):
     assert again.status_code == 304
 
 
+def test_files_that_may_change_are_asked_for_each_time(rig):
+    rig.root("node1", "install -d -o tribrick -g tribrick /srv/media/derived && echo one >/srv/media/derived/thumb.jpg")
+    answer = rig.request("GET", "node1", "/media/derived/thumb.jpg")
+    assert (answer.status_code, answer.headers["Cache-Control"]) == (200, "no-cache")
+    rig.root("node1", "rm -r /srv/media/derived")
+
+
 @pytest.mark.parametrize("node", WEB)
 def test_range(rig, row, node):
     whole = rig.fetch(node, row).content
