@@ -39,7 +39,7 @@ class Refused(Exception):
 
 def storage() -> VolumeStorage:
     """Return the default storage, which has ``store``."""
-    return default_storage  # type: ignore[return-value]
+    return default_storage  # type: ignore[return-value]  the settings name a VolumeStorage
 
 
 def find(user: Any, name: str, *, change: bool = False) -> StoredMedia:
