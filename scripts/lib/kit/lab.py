@@ -27,7 +27,7 @@ from urllib.request import Request, urlopen
 
 import yaml
 
-from kit import images
+from kit import disks, images
 from kit.engine import ensure_engine, ensure_ssh
 from kit.inventory import SiteError, SiteSpec, render
 from kit.run import Console, KitError, capture, stream, wait_for
@@ -44,6 +44,7 @@ FIRST_FREE_SUBNET = 16
 NODES = {"node1": 11, "node2": 12, "node3": 13}
 DATABASE = ("db1", 21)
 OUTSIDER = ("outsider", 31)
+DISKS = ("volume", "xfs")
 SSH_USER = "operator"
 ACCOUNT = "lab"
 CREATE_WAIT, ROLLOUT_WAIT, WEB_WAIT = 600.0, 1800.0, 60.0
@@ -54,10 +55,13 @@ examples:
   ./scripts/lab up                     all of it on Debian 13; ends by serving a picture
   ./scripts/lab up --debian 12 --name twelve
   ./scripts/lab up --image bare        the rollout installs every package itself
+  ./scripts/lab up --disks xfs         each brick on a disk of its own, which can be cut, filled or wiped
   ./scripts/lab up --no-site           containers and SSH only
   ./scripts/lab up --profile           also names the ten slowest tasks
   ./scripts/lab status [--json]
   ./scripts/lab ssh node1 sudo gluster volume status
+  ./scripts/lab fault silence node2 --for 30s
+  ./scripts/lab fault power-cut all    ./scripts/lab fault power-cut all --lift
   docker kill tribrick-lab-node2       break something; ./scripts/lab up repairs it
   ./scripts/lab down                   removes containers, network, volumes, inventory, keys
 
@@ -86,6 +90,11 @@ class Lab:
     def vault_password(self) -> Path:
         """The file that opens the inventory's vault."""
         return self.state / "vault-password"
+
+    @property
+    def disks(self) -> dict[str, disks.Disk]:
+        """The nodes' disks, in a lab that was made with `--disks xfs`."""
+        return {node: disks.Disk(self.state / "disks", node) for node in NODES}
 
     def container(self, host: str) -> str:
         """Return the name of a host's container."""
@@ -239,13 +248,43 @@ def playbook(console: Console, name: str, arguments: Sequence[str], deadline: fl
     )
 
 
-def prepare(console: Console, lab: Lab, release: str | None, kind: str | None) -> dict[str, Any]:
-    """Settle the lab's place and base, make its images and its inventory."""
+def forget_disks(console: Console, lab: Lab) -> None:
+    """Remove the disks of nodes that are gone: bricks of a volume that no node knows help nobody."""
+    named = ["volume", "ls", "--quiet", f"--filter=label=tribrick.lab={lab.name}"]
+    volumes = capture(["docker", *named], deadline=60).stdout.split()
+    if volumes or disks.found(lab.state / "disks"):
+        console.say("the lab's nodes are gone, only their disks were left: starting with fresh disks")
+    if volumes:
+        capture(["docker", "volume", "rm", *volumes], deadline=120)
+    disks.remove(console, lab.state / "disks")
+
+
+def ready_disks(console: Console, lab: Lab) -> None:
+    """Make and mount the disks; one whose file system died is mounted anew, its node stopped before."""
+    disks.ensure_tools(console)
+    for node, disk in lab.disks.items():
+        if disk.dead:
+            console.say(f"{node}: the disk's file system is shut down; stopping the node, mounting it again")
+            if containers(lab).get(node) in {"running", "paused"}:
+                capture(["docker", "kill", lab.container(node)], deadline=60)
+            disk.unmount()
+        if not disk.image.exists():
+            if node in containers(lab):
+                raise KitError(f"{disk.image} is gone, but its node is there; take the lab down: ./scripts/lab down")
+            disk.format()
+        disk.mount()
+
+
+def prepare(
+    console: Console, lab: Lab, release: str | None, kind: str | None, disk_kind: str | None = None
+) -> dict[str, Any]:
+    """Settle the lab's place and base, make its images, disks and inventory."""
     noted = lab.recall()
     running = containers(lab)
     for option, old, new in (
         ("Debian", noted.get("release"), release),
         ("the image", noted.get("kind"), kind),
+        ("disks of kind", noted.get("disks", "volume"), disk_kind),
     ):
         if running and old and new and old != new:
             raise KitError(
@@ -254,14 +293,24 @@ def prepare(console: Console, lab: Lab, release: str | None, kind: str | None) -
     keep = noted if running else {}
     release = release or keep.get("release", "13")
     kind = kind or keep.get("kind", "ready")
+    disk_kind = disk_kind or keep.get("disks", "volume")
     with console.phase("images"):
         tag = images.ensure(console, release, kind)
+    if not running.keys() & NODES.keys():
+        forget_disks(console, lab)
+    if disk_kind == "xfs":
+        ready_disks(console, lab)
     noted = lab.note(
+        disks=disk_kind,
         release=release,
         kind=kind,
         tag=tag,
         subnet=noted.get("subnet") or choose_subnet(lab.name, _docker_subnets()),
     )
+    if disk_kind == "xfs":  # small, so that one is full soon
+        overrides: dict[str, Any] = {"preflight_min_brick_gib": 1.0}
+    else:
+        overrides = {"tribrick_allow_shared_filesystem": True}
     spec = SiteSpec(
         name="lab" if lab.name == "lab" else f"lab-{lab.name}",
         nodes={host: lab.address(last) for host, last in NODES.items()},
@@ -269,7 +318,7 @@ def prepare(console: Console, lab: Lab, release: str | None, kind: str | None) -
         ssh_user=SSH_USER,
         ssh_private_key=lab.state / "id_ed25519",
         known_hosts=lab.state / "known_hosts",
-        overrides={"tribrick_allow_shared_filesystem": True, "tribrick_http_redirect": False},
+        overrides=overrides | {"tribrick_http_redirect": False},
     )
     changed = render(spec, lab.inventory, lab.vault_password, update=True)
     if changed:
@@ -285,6 +334,7 @@ def create(console: Console, lab: Lab, noted: dict[str, Any], outsider: bool) ->
         "lab_debian": noted["release"],
         "lab_image": noted["kind"],
         "lab_image_tag": noted["tag"],
+        "lab_disks": noted["disks"],
         "lab_outsider": outsider or OUTSIDER[0] in containers(lab),
     }
     with console.phase("containers"):
@@ -481,7 +531,7 @@ def command_up(console: Console, lab: Lab, options: argparse.Namespace) -> None:
     with console.phase("engine"):
         ensure_ssh(console)
         ensure_engine(console, ROOT / ".lab")
-    noted = prepare(console, lab, options.debian, options.image)
+    noted = prepare(console, lab, options.debian, options.image, options.disks)
     create(console, lab, noted, options.outsider)
     if options.no_site:
         console.say(f"without the site, as asked; {console.timings()}")
@@ -564,6 +614,57 @@ def command_down(console: Console, lab: Lab) -> None:
     console.say(f"the lab '{lab.name}' is gone; its images stay for the next one")
 
 
+def command_fault(console: Console, lab: Lab, options: argparse.Namespace) -> None:
+    """Make a fault, or lift it."""
+    from kit import faults
+
+    if not lab.recall().get("subnet") or not containers(lab):
+        raise KitError(f"There is no lab '{lab.name}'; make it: ./scripts/lab up")
+    hosts = list(NODES) if options.hosts == "all" else options.hosts.split(",") if options.hosts else []
+    fault = faults.make(lab, options.fault, hosts)
+    where = ", ".join(fault.hosts)
+
+    def lift() -> None:
+        fault.lift()
+        wait_for(console, f"the end of {fault.name}", fault.ended, deadline=120)
+        console.say(f"{fault.name} on {where} is over; what it left behind heals from now on")
+
+    if options.lift:
+        lift()
+        return
+    if fault.name == faults.Flapping.name and options.seconds is None:
+        raise KitError("flapping is made by the running command; say how long: --for 60s")
+    try:
+        fault.inject()
+        console.say(f"{fault.name} on {where} holds: {fault.proof()}")
+    except BaseException:
+        fault.lift()
+        raise
+    if options.seconds is None:
+        flag = "" if lab.name == "lab" else f" --name {lab.name}"
+        target = "" if fault.database else f" {','.join(fault.hosts)}"
+        console.say(f"lift it with: ./scripts/lab fault{flag} {fault.name}{target} --lift")
+        return
+    try:
+        faults.stay(options.seconds)
+    finally:
+        lift()
+
+
+def _seconds(text: str) -> float:
+    unit = {"s": 1, "m": 60}.get(text[-1:], 0)
+    if not unit or not text[:-1].isdigit() or int(text[:-1]) == 0:
+        raise argparse.ArgumentTypeError("a time is a number with s or m: 30s, 2m")
+    return float(int(text[:-1]) * unit)
+
+
+def _list_of_faults() -> str:
+    from kit.faults import FAULTS
+
+    width = max(map(len, FAULTS))
+    return "faults:\n" + "".join(f"  {name.ljust(width)}  {fault.summary}\n" for name, fault in FAULTS.items())
+
+
 def _name(text: str) -> str:
     if not (
         text[:1].isalnum()
@@ -593,8 +694,14 @@ def parser() -> argparse.ArgumentParser:
         choices=images.KINDS,
         help="ready: Debian's packages are preinstalled (default); bare: nothing is",
     )
+    disked = argparse.ArgumentParser(add_help=False)
+    disked.add_argument(
+        "--disks",
+        choices=DISKS,
+        help="volume: bricks are Docker volumes on this machine's disk (default); xfs: each on a disk of its own",
+    )
     commands = main_.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    up = commands.add_parser("up", parents=[named, base], help="create or repair, roll out, prove")
+    up = commands.add_parser("up", parents=[named, base, disked], help="create or repair, roll out, prove")
     up.add_argument("--outsider", action="store_true", help="one more host that belongs to nothing")
     up.add_argument("--no-site", action="store_true", help="stop before the rollout")
     up.add_argument("--profile", action="store_true", help="name the ten slowest tasks")
@@ -611,9 +718,21 @@ def parser() -> argparse.ArgumentParser:
     ssh = commands.add_parser("ssh", parents=[named], help="a shell or a command on a host")
     ssh.add_argument("node", metavar="NODE")
     ssh.add_argument("words", nargs=argparse.REMAINDER, metavar="CMD")
+    fault = commands.add_parser(
+        "fault",
+        parents=[named],
+        help="break something on purpose, or lift it",
+        epilog=_list_of_faults(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    fault.add_argument("fault", metavar="FAULT", help="see below")
+    fault.add_argument("hosts", metavar="NODE", nargs="?", default="", help="node1, several with commas, or all")
+    ending = fault.add_mutually_exclusive_group()
+    ending.add_argument("--for", dest="seconds", type=_seconds, metavar="TIME", help="lift it after this time: 30s, 2m")
+    ending.add_argument("--lift", action="store_true", help="end a fault that was made before")
     commands.add_parser("down", parents=[named], help="remove the lab")
     commands.add_parser("images", parents=[base], help="build what is missing of the images")
-    commands.add_parser("prepare", parents=[named, base], help="images and inventory, for a Molecule scenario")
+    commands.add_parser("prepare", parents=[named, base, disked], help="images and inventory, for a Molecule scenario")
     return main_
 
 
@@ -632,13 +751,15 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         command_ssh(lab, options.node, words)
     else:
         with lab.alone():
-            if options.command == "up":
+            if options.command == "fault":
+                command_fault(console, lab, options)
+            elif options.command == "up":
                 command_up(console, lab, options)
             elif options.command == "down":
                 command_down(console, lab)
             else:
                 ensure_engine(console, ROOT / ".lab")
-                prepare(console, lab, options.debian, options.image)
+                prepare(console, lab, options.debian, options.image, options.disks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,96 @@
+"""The lab's disks and faults, as far as no lab is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kit import disks, faults, lab
+from kit.run import Console, KitError
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> lab.Lab:
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    made = lab.Lab("unit")
+    made.note(subnet="198.18.99.0/24")
+    return made
+
+
+def test_every_fault_says_what_it_is() -> None:
+    for name, fault in faults.FAULTS.items():
+        assert name == fault.name and fault.summary and fault.__doc__
+        for step in ("inject", "proof", "lift", "ended"):
+            assert getattr(fault, step) is not getattr(faults.Fault, step), f"{name} lacks {step}"
+
+
+def test_hosts_of_a_fault(here: lab.Lab) -> None:
+    assert faults.make(here, "kill", ["node2", "node1", "node2"]).hosts == ["node2", "node1"]
+    assert faults.make(here, "database-stop", ["node1"]).hosts == ["db1"]
+    for name, hosts in (("kill", []), ("kill", ["db1"]), ("silence", ["node1", "node9"])):
+        with pytest.raises(KitError, match="node1, node2, node3"):
+            faults.make(here, name, hosts)
+    with pytest.raises(KitError, match=r"no fault 'storm'.*power-cut"):
+        faults.make(here, "storm", ["node1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts", "cut"),
+    [
+        ("partition", ["node2"], {("node1", "node2"), ("node2", "node3")}),
+        ("partition", ["node1", "node2"], {("node1", "node3"), ("node2", "node3")}),
+        ("alone", ["node1"], {("node1", "node2"), ("node1", "node3"), ("node2", "node3")}),
+        ("bridge", ["node2"], {("node1", "node3")}),
+    ],
+)
+def test_who_is_cut_from_whom(here: lab.Lab, name: str, hosts: list[str], cut: set[tuple[str, str]]) -> None:
+    fault = faults.make(here, name, hosts)
+    assert isinstance(fault, faults.Partition)
+    broken, whole = fault.pairs()
+    assert {tuple(sorted(pair)) for pair in broken} == cut
+    assert len(broken) + len(whole) == (2 + len(cut) if name == "bridge" else 3)
+
+
+def test_a_lab_without_disks_says_how_to_get_them(here: lab.Lab) -> None:
+    with pytest.raises(KitError, match="--disks xfs"):
+        faults.disk(here, "node1")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("2m", 120)])
+def test_times(text: str, seconds: float) -> None:
+    assert lab._seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "s", "0s", "-1s", "1.5m", "2h"])
+def test_bad_times(text: str) -> None:
+    with pytest.raises(lab.argparse.ArgumentTypeError, match="30s, 2m"):
+        lab._seconds(text)
+
+
+def test_removing_disks_leaves_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "disks"
+    disks.remove(Console(), place)  # nothing there: nothing to do
+    (place / "node1").mkdir(parents=True)
+    (place / "node2.img").write_bytes(b"x")
+    (place / "node3.new").write_bytes(b"x")
+    assert [disk.node for disk in disks.found(place)] == ["node1", "node2"]
+    disks.remove(Console(), place)
+    assert not place.exists()
+
+
+def test_a_mounted_disk_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "disks"
+    (place / "node1").mkdir(parents=True)
+    (place / "node1" / "file").write_bytes(b"x")
+    monkeypatch.setattr(disks, "_mounted", lambda point: True)
+
+    def busy(*args: object, **more: object) -> None:
+        raise KitError("target is busy")
+
+    monkeypatch.setattr(disks, "capture", busy)
+    with pytest.raises(KitError, match="busy"):
+        disks.remove(Console(), place)
+    with pytest.raises(KitError, match="not formatted"):
+        disks.Disk(place, "node1").format()
+    assert (place / "node1" / "file").exists()
