@@ -14,6 +14,7 @@ if env.flag("SECURE_PROXY"):
 
 INSTALLED_APPS = [
     "example.gallery",
+    "tribrick",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -75,6 +76,9 @@ STORAGES = {
     },
 }
 TRIBRICK = {
+    "NODE": env.text("TRIBRICK_NODE", "this node"),
+    "NODES": env.words("TRIBRICK_NODES"),
+    "LEDGER": env.text("TRIBRICK_LEDGER") or None,
     "SENTINEL_ID": env.text("TRIBRICK_SENTINEL_ID"),
     "HASH_LEVELS": env.number("TRIBRICK_HASH_LEVELS", 2, 0, 8),
     "HASH_WIDTH": env.number("TRIBRICK_HASH_WIDTH", 1, 1, 4),

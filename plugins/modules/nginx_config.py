@@ -28,7 +28,7 @@ author: [Tribrick authors]
 EXAMPLES = r"""
 - name: Test the configuration and put it in place
   tribrick.media.nginx_config:
-    staged: /var/lib/tribrick/nginx
+    staged: /var/lib/tribrick-nginx
     name: tribrick
 """
 

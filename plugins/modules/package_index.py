@@ -26,7 +26,7 @@ attributes:
 EXAMPLES = r"""
 - name: Index the pushed packages
   tribrick.media.package_index:
-    path: /var/lib/tribrick/packages
+    path: /var/lib/tribrick-packages
 """
 
 RETURN = r"""

@@ -7,6 +7,7 @@ import pytest
 OURS = [
     "tribrick-firewall.service", "glusterd.service", "tribrick-bricks.service", "tribrick-media-guard.service",
     "tribrick-media-keeper.timer", "tribrick-site.socket", "tribrick-site.service",
+    "tribrick-ledger.service", "tribrick-replicate.service",
 ]
 
 
@@ -84,3 +85,21 @@ def test_site_runs_confined_as_its_own_user(host):
     assert pid != "0"
     assert host.check_output(f"ps -o user= -p {pid}") == "tribrick"
     assert "NoNewPrivs:\t1" in host.file(f"/proc/{pid}/status").content_string
+
+
+@pytest.mark.parametrize("name", ["tribrick-ledger", "tribrick-replicate"])
+def test_services_run_the_release_in_service_as_the_sites_user(host, name):
+    pid = host.check_output(f"systemctl show --property=MainPID --value {name}")
+    assert pid != "0", host.run(f"journalctl -n 20 --no-pager -u {name}").stdout
+    assert host.check_output(f"ps -o user= -p {pid}") == "tribrick"
+    release = host.check_output("readlink -f /opt/tribrick/site")
+    command = host.file(f"/proc/{pid}/cmdline").content_string.split("\0")
+    assert command[0].startswith(f"{release}/"), command
+    # A service that ends again and again would be running at the moment of looking, too.
+    assert host.check_output(f"systemctl show --property=NRestarts --value {name}") == "0"
+    assert host.check_output("stat -c %U:%a /var/lib/tribrick") == "tribrick:750"
+
+
+def test_ledger_of_the_node_is_in_order(host):
+    assert "in order up to change" in host.check_output("tribrick ledger verify")
+    assert host.run("tribrick --help").stdout.startswith("usage:")
