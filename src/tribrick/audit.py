@@ -45,6 +45,7 @@ YOUNG: Final = timedelta(hours=1)
 SETTLED: Final = timedelta(hours=24)
 QUARANTINE: Final = ".tribrick-quarantine"
 QUARANTINE_AGE: Final = timedelta(days=30)
+#: What a file can be found to be, see docs/catalog.md.
 KINDS: Final = ("missing", "torn", "different", "unreadable", "dead", "extra")
 _TAIL: Final = 4096
 Progress = Callable[[str, int, int], None]
