@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kit import lab, new_site, testing
+from kit import bench, lab, new_site, testing
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE = {"build", "collections", "dist"}
@@ -110,6 +110,8 @@ def wrong_commands(text: str) -> list[str]:
             said = "there is no such script"
         elif "..." in words or not words:
             continue
+        elif file.name == "bench":
+            said = refusal(bench.parser().parse_args, words)
         elif file.name == "lab":
             said = refusal(lab.parser().parse_args, words)
         elif file.name == "new-site":
@@ -285,6 +287,7 @@ def test_no_address_of_a_registry_and_no_left_over(path: Path) -> None:
         (wrong_commands, "`./scripts/lab explode`"),
         (wrong_commands, "```sh\n./scripts/lab up --no-such-option   # words\n```"),
         (wrong_commands, "`./scripts/test nonsense`"),
+        (wrong_commands, "`./scripts/bench nonsense`"),
         (lambda text: [n for n in playbooks(text) if not (ROOT / n).exists()], "run `recover_nothing.yml`"),
     ],
 )
