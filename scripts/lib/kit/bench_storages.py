@@ -188,7 +188,7 @@ def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
     log.write_bytes(b"")
     profile = Profile(lab, say)
     profile.recover()
-    version = capture([*lab.ssh("node1"), "gluster --version"], deadline=60).stdout.splitlines()[0]
+    version = capture([*lab.ssh("node1"), "sudo", "gluster", "--version"], deadline=60).stdout.splitlines()[0]
     figures: Figures = {"glusterfs": version.split()[-1], "blocks": options.blocks}
     with contextlib.ExitStack() as stack:
         hosts = []
@@ -198,8 +198,9 @@ def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
                 figures["media_hosts"] = server.answer(120)["ready"]
                 hosts.append(f"{lab.addresses[node]}:{port}")
             say(f"media hosts: {figures['media_hosts']} on node2 and node3")
+        say("node1: directories on the mount and tables for the catalog")
         remote = stack.enter_context(Remote(lab.ssh("node1"), PROGRAM, ["measure", *hosts], log))
-        ways = [way for way in WAYS if way in remote.answer(300)["ready"]]
+        ways = [way for way in WAYS if way in remote.answer(600)["ready"]]
         for size in options.size or SIZES:
             figures |= evaluate(size, measure_size(remote, ways, size, options.blocks, say))
         with profile.on():
@@ -211,6 +212,7 @@ def measure_size(remote: Remote, ways: list[str], size: str, blocks: int, say: S
     """Measure one size, block by block, after a warm-up."""
     amount, rounds = SIZES[size]
     asked = {"do": "compare", "ways": ways, "size": amount}
+    say(f"{size}: warm-up")
     remote.ask({**asked, "rounds": max(2, rounds // 10)}, 600)
     times: dict[str, list[list[float]]] = {way: [] for way in ways}
     for block in range(1, blocks + 1):

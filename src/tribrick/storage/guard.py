@@ -19,6 +19,7 @@ import contextlib
 import errno
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -209,7 +210,13 @@ class Guard:
         return call
 
     def clean_up(self, work: Callable[[], object], deadline: float) -> None:
-        """Do *work*, now or once the mount answers again."""
+        """Do *work*, now or once the mount answers again.
+
+        At the end of the interpreter no worker runs any more, and waiting for one would never end. The
+        kernel closes what is open.
+        """
+        if sys.is_finalizing():
+            return
         try:
             call = self.start(lambda _call: work(), deadline)
         except StorageUnavailable:

@@ -7,6 +7,8 @@ import errno
 import gc
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ FilesIn = Callable[[Path], list[str]]
 @pytest.fixture
 def storage(volume: Path) -> VolumeStorage:
     return VolumeStorage(location=volume, base_url="/media/")
+
+
+SOURCES = str(Path(__file__).resolve().parents[3] / "src")
 
 
 class Failing:
@@ -181,6 +186,28 @@ def test_a_forgotten_file_is_closed(storage: VolumeStorage, volume: Path) -> Non
     storage.open(name)
     gc.collect()
     assert descriptors(volume) == []
+
+
+def test_a_file_left_open_does_not_hold_up_the_end_of_the_process(storage: VolumeStorage) -> None:
+    name = storage.save("photos/a.bin", ContentFile(b"x"))
+    code = (
+        "from django.conf import settings\n"
+        "settings.configure(TRIBRICK={'SENTINEL_ID': False})\n"
+        "from tribrick.storage import VolumeStorage\n"
+        f"storage = VolumeStorage({storage.location!r}, base_url='/media/')\n"
+        f"file = storage.open({name!r})\n"
+        "print(file.read())\n"
+        "file.itself = file\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": SOURCES},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("b'x'\n", "")
 
 
 # New files
