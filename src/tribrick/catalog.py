@@ -22,7 +22,7 @@ from typing import IO, Any, Final
 
 from django.core.files import File
 from django.core.files.storage import storages
-from django.db import DataError, IntegrityError, connections, router, transaction
+from django.db import connections, router, transaction
 from django.db.models import Exists, F, Max, OuterRef, Q
 from django.utils import timezone
 
@@ -30,6 +30,7 @@ from tribrick import names
 from tribrick.conf import setting
 from tribrick.errors import StorageError
 from tribrick.models import Change, Counter, Kind, Media, MediaFile, Node, Outbox, State
+from tribrick.storage.catalogued import Commit
 from tribrick.storage.volume import StoredFile
 
 log = logging.getLogger("tribrick.catalog")
@@ -125,20 +126,16 @@ def _store(
         original = names.basename(str(getattr(content, "name", "") or name))
     original = names.display_name(original)
     stored = _store_bytes(storage, content, name)
-    inside = connections[database()].in_atomic_block
-    committing = False
+    commit = Commit()
     try:
-        with _atomic():
-            row = _record(stored, original, owner, content_type, node, storage, None, replaces)
-            committing = not inside
-    except BaseException as error:
-        # What the database refuses at COMMIT was certainly not committed.
-        if not committing or isinstance(error, (IntegrityError, DataError)):
-            _discard(storage, stored.name)
-        else:
+        with commit.watched():
+            return _record(stored, original, owner, content_type, node, storage, None, replaces)
+    except BaseException:
+        if commit.unknown:
             log.error("unknown whether the row was committed; kept %s", stored.name)
+        else:
+            _discard(storage, stored.name)
         raise
-    return row
 
 
 def _store_bytes(alias: str, content: IO[Any] | File[Any], name: str) -> StoredFile:
@@ -156,9 +153,10 @@ def _store_bytes(alias: str, content: IO[Any] | File[Any], name: str) -> StoredF
 
 
 def _discard(alias: str, name: str) -> None:
+    storage = storages[alias]
     try:
-        storages[alias].delete(name)
-    except OSError as error:
+        getattr(storage, "discard", storage.delete)(name)
+    except Exception as error:  # noqa: BLE001  the save's own error matters more
         log.warning("a failed save left %s behind: %s", name, error)
 
 

@@ -9,10 +9,11 @@ from django.core.files import File
 from django.db import transaction
 from django.utils.deconstruct import deconstructible
 
-from tribrick.storage.base_remote import DELETE, UPLOAD, Commit, Outcome, log
+from tribrick.storage.base_remote import DELETE, UPLOAD, Outcome, log
+from tribrick.storage.catalogued import Commit
 from tribrick.storage.hybrid import HybridStorage
 from tribrick.storage.transport import Body
-from tribrick.storage.volume import StoredFile, VolumeStorage
+from tribrick.storage.volume import StoredFile
 
 
 @deconstructible(path="tribrick.storage.AsyncStorage")
@@ -56,7 +57,7 @@ class AsyncStorage(HybridStorage):
             if commit.unknown:
                 log.error("unknown whether the rows were committed; kept %s", stored.name)
             else:
-                VolumeStorage.delete(self, stored.name)
+                self._unlink(stored.name)
             raise
 
     def _bury(self, row: Any) -> None:

@@ -15,17 +15,15 @@ from datetime import datetime
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
-from django.apps import apps
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.files import File
-from django.core.files.storage import storages
-from django.db import DataError, IntegrityError, connections, transaction
 from django.utils.module_loading import import_string
 from django.utils.timezone import make_naive
 
 from tribrick.conf import setting
 from tribrick.errors import StorageUnavailable
+from tribrick.storage.catalogued import Catalogued, Commit
 from tribrick.storage.transport import (
     CHUNK,
     Body,
@@ -111,28 +109,6 @@ class ReplicationError(StorageUnavailable):
         return type(self), (self.operation, self.name, self.results, self.needed)
 
 
-class Commit:
-    """Watches a transaction: whether an exception leaves it open if its rows were committed."""
-
-    unknown = False
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Run the body in a transaction, or in a part of the caller's."""
-        from tribrick.catalog import database
-
-        inside = connections[database()].in_atomic_block
-        committing = False
-        try:
-            with transaction.atomic(using=database()):
-                yield
-                committing = not inside
-        except BaseException as error:
-            # What the database refuses at COMMIT was certainly not committed.
-            self.unknown = committing and not isinstance(error, (IntegrityError, DataError))
-            raise
-
-
 class _Calls:
     """Calls to several hosts at once, each in a thread, of which none is waited for too long."""
 
@@ -186,14 +162,13 @@ def _never_sent(error: Exception) -> TransportError:
     return failed
 
 
-class RemoteStorage:
+class RemoteStorage(Catalogued):
     """The part of the storages that speaks with media hosts. Mixed into a Django storage.
 
     Subclasses may override the hooks :meth:`execute`, :meth:`execute_one` and :meth:`upload`.
     """
 
     base_url: Any
-    _constructor_args: Any  # written by deconstructible
 
     def _set_remote(
         self,
@@ -292,44 +267,9 @@ class RemoteStorage:
     # The catalog and the outbox.
 
     @property
-    def alias(self) -> str | None:
-        """The key in ``STORAGES`` of this storage, or of one made with the same arguments."""
-        like: str | None = None
-        for alias in settings.STORAGES:
-            try:
-                other: Any = storages[alias]
-            except Exception:  # noqa: BLE001, S112  another storage's trouble is not ours
-                continue
-            if other is self:
-                return str(alias)
-            if like is None and type(other) is type(self) and other._constructor_args == self._constructor_args:
-                like = str(alias)
-        return like
-
-    @property
     def has_outbox(self) -> bool:
         """Whether missing copies are completed later: the app is installed and knows this storage."""
-        return apps.is_installed("tribrick") and self.alias is not None
-
-    def _row(self, name: str, *, strict: bool = False) -> MediaFile | None:
-        """Return the catalog's row of *name*, whatever its state; None if there is none.
-
-        When the catalog does not answer: None, or with *strict* its exception.
-        """
-        if not self.has_outbox:
-            return None
-        from django.db import Error
-
-        from tribrick.catalog import database
-        from tribrick.models import MediaFile
-
-        try:
-            return MediaFile.objects.using(database()).filter(name=name).first()
-        except Error as error:
-            if strict:
-                raise
-            log.warning("the catalog did not answer: %s", error)
-            return None
+        return self.has_catalog
 
     def _rows(self) -> Any:
         if not self.has_outbox:
@@ -341,14 +281,6 @@ class RemoteStorage:
         from tribrick.models import MediaFile, State
 
         return MediaFile.objects.using(database()).filter(state=State.STORED, storage=self.alias)
-
-    def _record(self, stored: StoredFile, content: File[Any]) -> None:
-        """Write the catalog's row of a file that came by ``save``; ``tribrick.catalog.add`` writes its own."""
-        from tribrick import catalog, names
-
-        original = names.display_name(names.basename(str(getattr(content, "name", None) or stored.name)))
-        kind = str(getattr(content, "content_type", None) or "")[:100]
-        catalog.record(stored, original=original, content_type=kind, storage=self.alias or "default")
 
     # Hooks.
 
@@ -472,25 +404,6 @@ class RemoteStorage:
                 add(name, late, delay=outbox.SOON)
         elif missing and self.fatal_exceptions:
             raise ReplicationError("delete", name, results, len(results))
-
-    def delete(self, name: str) -> None:
-        """Delete a file; one that is gone already is no error.
-
-        A file that the catalog knows gets its tombstone in the caller's transaction, and its bytes
-        go after the commit. Any other goes at once.
-        """
-        if not name:
-            raise ValueError("The name must be given to delete().")
-        row = self._row(name, strict=True)
-        if row is not None and row.state == "stored":
-            self._bury(row)
-        else:
-            self._delete_bytes(name, catalogued=row is not None)
-
-    def _bury(self, row: MediaFile) -> None:
-        from tribrick import catalog
-
-        catalog.delete(row)
 
     def _delete_bytes(self, name: str, *, catalogued: bool) -> None:
         self._delete_remotely(name, catalogued=catalogued)

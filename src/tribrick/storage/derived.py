@@ -59,6 +59,8 @@ class DerivedStorage(VolumeStorage):
     location.
     """
 
+    catalogued = False
+
     def __init__(
         self,
         location: str | os.PathLike[str] | None = None,

@@ -60,7 +60,7 @@ class HybridStorage(RemoteStorage, VolumeStorage):
             with self._local(stored.name) as descriptor:
                 body = Body(stored.size, stored.sha256, opener_of(descriptor, stored.size))
         except BaseException:
-            VolumeStorage.delete(self, stored.name)
+            self._unlink(stored.name)
             raise
         self._replicate(stored, body, described, local=True)
         return stored
@@ -82,10 +82,10 @@ class HybridStorage(RemoteStorage, VolumeStorage):
         try:
             super()._undo(name, results)
         finally:
-            VolumeStorage.delete(self, name)
+            self._unlink(name)
 
     def _delete_bytes(self, name: str, *, catalogued: bool) -> None:
-        VolumeStorage.delete(self, name)
+        self._unlink(name)
         super()._delete_bytes(name, catalogued=catalogued)
 
     # Reading.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import io
 import logging
 import os
@@ -191,6 +193,14 @@ class Writer(_Raw):
         self._call(lambda: os.ftruncate(self._descriptor, wanted))
         return wanted
 
+    def look(self) -> tuple[str, int]:
+        """Return SHA-256 and size of what was written, wherever in the file it was."""
+        hasher, size = hashlib.sha256(), 0
+        while data := self._call(functools.partial(self._read, size, PIECE)):
+            hasher.update(data)
+            size += len(data)
+        return hasher.hexdigest(), size
+
     def publish(self) -> None:
         """Give the file its name, durably."""
         self._call(self._publish)
@@ -257,12 +267,16 @@ class OpenedFile(File):  # type: ignore[type-arg]
 class NewFile(File):  # type: ignore[type-arg]
     """A new file opened for writing. ``close`` publishes it; leaving ``with`` by an error discards it.
 
-    One that is neither closed nor discarded is discarded.
+    One that is neither closed nor discarded is discarded. *enter* writes the row of the published
+    file, or removes it and raises.
     """
 
-    def __init__(self, raw: Writer, file: Any, name: str) -> None:
+    def __init__(
+        self, raw: Writer, file: Any, name: str, enter: Callable[[str, int, NewFile], None] | None = None
+    ) -> None:
         super().__init__(file, name)
         self._raw = raw
+        self._enter = enter
         self._buffer = file
 
     def close(self) -> None:
@@ -271,7 +285,10 @@ class NewFile(File):  # type: ignore[type-arg]
             return
         try:
             self._buffer.flush()
+            seen = self._raw.look() if self._enter is not None else ("", 0)
             self._raw.publish()
+            if self._enter is not None:
+                self._enter(*seen, self)
         finally:
             self.discard()
 

@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ from tribrick import names
 from tribrick.conf import setting
 from tribrick.errors import StorageUnavailable
 from tribrick.sentinel import Sentinel
+from tribrick.storage.catalogued import Catalogued, Commit
 from tribrick.storage.guard import Call, guard_for
 from tribrick.storage.mount import Mount
 from tribrick.storage.opened import BUFFER, NewFile, OpenedFile, Reader, Writer
 from tribrick.storage.saving import CHUNK, TEMPORARY, Saving
 
+log = logging.getLogger("tribrick.storage")
 Piece: TypeAlias = bytes | memoryview
 
 
@@ -42,7 +45,7 @@ class StoredFile:
 
 
 @deconstructible(path="tribrick.storage.VolumeStorage")
-class VolumeStorage(FileSystemStorage):
+class VolumeStorage(Catalogued, FileSystemStorage):
     """Files on a shared mount: unique immutable names, durable before ``save`` returns.
 
     Every call opens the root, checks the sentinel there, and works relative to that descriptor, so
@@ -53,6 +56,10 @@ class VolumeStorage(FileSystemStorage):
     the two forms that survive a power cut of all bricks, and the faster one. A reader cannot meet
     the unfinished file: its name holds 100 random bits and is told to nobody before ``save``
     returns. When anything fails, the file is removed again.
+
+    Where the app ``tribrick`` is installed and the storage stands in ``STORAGES``, ``save`` writes the
+    catalog's row in the caller's transaction, and ``delete`` the tombstone: the bytes go after the
+    commit.
 
     Options (``STORAGES["default"]["OPTIONS"]``) are those of ``FileSystemStorage`` plus
     ``sentinel_id``, ``hash_levels`` and ``hash_width``; what is not given is read from
@@ -169,13 +176,32 @@ class VolumeStorage(FileSystemStorage):
     def store(self, content: IO[Any] | File[Any], name: str, max_length: int | None = None) -> StoredFile:
         """Store *content* under a new unique name made from *name*, and say what was stored.
 
-        The same as ``save``, which can only return the name.
+        The same as ``save`` but for the catalog's row, which is left to ``tribrick.catalog.add``.
         """
         file = content if hasattr(content, "chunks") else File(content, name)
         return self._write(self.get_available_name(name, max_length), cast("File[Any]", file))
 
     def _save(self, name: str, content: File[Any]) -> str:
-        return self._write(name, content).name
+        stored = self._write(name, content)
+        if self.has_catalog:
+            self._enter(stored, content)
+        return stored.name
+
+    def _enter(self, stored: StoredFile, content: File[Any]) -> None:
+        """Write the row of a stored file; remove the file if it certainly has none."""
+        commit = Commit()
+        try:
+            with commit.watched():
+                self._record(stored, content)
+        except BaseException:
+            if commit.unknown:
+                log.error("unknown whether the row was committed; kept %s", stored.name)
+            else:
+                try:
+                    self.discard(stored.name)
+                except OSError as error:
+                    log.warning("a failed save left %s behind: %s", stored.name, error)
+            raise
 
     def _saving(self, mount: Mount, relative: str) -> Saving:
         """Return the form in which files are written."""
@@ -230,10 +256,14 @@ class VolumeStorage(FileSystemStorage):
         saving.let_go()
         return StoredFile(self._name(saving.relative), hasher.hexdigest(), size)
 
-    def delete(self, name: str) -> None:
-        """Remove a file; one that is gone already is no error."""
-        if not name:
-            raise ValueError("The name must be given to delete().")
+    def _canonical(self, name: str) -> str:
+        return self._name(self._relative(name))
+
+    def _delete_bytes(self, name: str, *, catalogued: bool) -> None:  # noqa: ARG002  others leave tasks
+        self._unlink(name)
+
+    def _unlink(self, name: str) -> None:
+        """Remove the file, if it is there."""
         relative = self._relative(name)
 
         def unlink(root: int) -> None:
@@ -254,9 +284,18 @@ class VolumeStorage(FileSystemStorage):
             raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
         if kind == "r":
             return OpenedFile(self._reader(name, mode), name, functools.partial(self._reader, name))
+        enter = None
+        if self.has_catalog:
+            name = self._canonical(name)
+            if self._row(name, strict=True) is not None:
+                raise FileExistsError(errno.EEXIST, "this name is taken or was deleted; save a new one", name)
+            enter = self._enter_written
         raw = Writer(self._mount(), self._relative(name))
         buffered = io.BufferedRandom(raw, BUFFER) if "+" in mode else io.BufferedWriter(raw, BUFFER)
-        return NewFile(raw, _as_text(buffered, mode), name)
+        return NewFile(raw, _as_text(buffered, mode), name, enter)
+
+    def _enter_written(self, sha256: str, size: int, file: File[Any]) -> None:
+        self._enter(StoredFile(str(file.name), sha256, size), file)
 
     def _reader(self, name: str, mode: str) -> IO[Any]:
         if set(mode) - set("rbt"):

@@ -490,7 +490,7 @@ def orphan(name: str = "photos/x.txt") -> str:
     """A file as a process leaves it that is killed before its row is committed."""
     from django.core.files.storage import default_storage
 
-    return str(default_storage.save(name, ContentFile(b"orphan")))
+    return str(default_storage.store(ContentFile(b"orphan"), name).name)
 
 
 def test_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
