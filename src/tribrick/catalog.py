@@ -3,7 +3,8 @@
 The order of an upload: bytes durable, then the row, then the answer. So what was acknowledged has
 both. If the row was certainly not committed, the bytes are removed again; if nobody knows (the
 connection died at COMMIT), they stay: an orphan, which ``sweep`` finds, is better than a row
-without bytes. The same holds when a surrounding transaction is rolled back later.
+without bytes. The same holds when a surrounding transaction is rolled back later. ``together`` is a
+transaction that removes the bytes of its files when it fails.
 
 The order of a delete: the tombstone in the caller's transaction, the bytes after its commit. A
 rollback keeps them. If the process is killed in between, or the volume is away, ``finish_deletes``
@@ -14,9 +15,11 @@ Nothing here asks the disk what the catalog knows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
+from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import IO, Any, Final
 
@@ -53,6 +56,42 @@ def database() -> str:
 
 def _atomic() -> transaction.Atomic:
     return transaction.atomic(using=database())
+
+
+# The files stored within `together`, as pairs of the storage's key and the name.
+_stored: ContextVar[list[tuple[str, str]] | None] = ContextVar("tribrick_stored", default=None)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A transaction for several files and the site's own rows: all of it, or nothing is left.
+
+    When it certainly failed, the bytes of all files that were stored in it are removed again. When
+    nobody knows (the connection died at COMMIT) they stay. Inside another transaction it is a part
+    of that, and whether it lasts is decided there: a rollback then leaves the bytes to ``sweep``.
+    """
+    commit, stored = Commit(), list[tuple[str, str]]()
+    token = _stored.set(stored)
+    try:
+        with commit.watched():
+            yield
+    except BaseException:
+        for alias, name in stored:
+            if commit.unknown:
+                log.error("unknown whether the row was committed; kept %s", name)
+            else:
+                _discard(alias, name)
+        raise
+    finally:
+        _stored.reset(token)
+    if (outer := _stored.get()) is not None:
+        outer.extend(stored)
+
+
+def note_stored(alias: str, name: str) -> None:
+    """Tell a surrounding :func:`together` of a file whose row was just written. For storages."""
+    if (stored := _stored.get()) is not None:
+        stored.append((alias, name))
 
 
 # Adding
@@ -129,13 +168,15 @@ def _store(
     commit = Commit()
     try:
         with commit.watched():
-            return _record(stored, original, owner, content_type, node, storage, None, replaces)
+            row = _record(stored, original, owner, content_type, node, storage, None, replaces)
     except BaseException:
         if commit.unknown:
             log.error("unknown whether the row was committed; kept %s", stored.name)
         else:
             _discard(storage, stored.name)
         raise
+    note_stored(storage, stored.name)
+    return row
 
 
 def _store_bytes(alias: str, content: IO[Any] | File[Any], name: str) -> StoredFile:

@@ -77,6 +77,7 @@ class MediaFile(models.Model):
             models.UniqueConstraint(fields=["logical", "version"], name="tribrick_version"),
         ]
         indexes = [
+            models.Index(fields=["owner", "-id"], name="tribrick_owner", condition=models.Q(state="stored")),
             models.Index(fields=["id"], name="tribrick_unpurged", condition=models.Q(state="deleted")),
             models.Index(fields=["deleted"], name="tribrick_tombstones", condition=models.Q(state="purged")),
         ]

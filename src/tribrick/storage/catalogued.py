@@ -102,7 +102,9 @@ class Catalogued:
 
         original = names.display_name(names.basename(str(getattr(content, "name", None) or stored.name)))
         kind = str(getattr(content, "content_type", None) or "")[:100]
-        catalog.record(stored, original=original, content_type=kind, storage=self.alias or "default")
+        alias = self.alias or "default"
+        catalog.record(stored, original=original, content_type=kind, storage=alias)
+        catalog.note_stored(alias, stored.name)
 
     def delete(self, name: str) -> None:
         """Delete a file; one that is gone already is no error.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -224,6 +225,52 @@ def test_killed_in_a_save(step: str, after: bool, process: Process, files_in: Fi
         assert not MediaFile.objects.exists()
         assert len(files_in(root())) == (0 if step == "bytes" and not after else 1)
         agree(files_in(root()))
+
+
+# Several files and the site's own rows
+
+
+def test_together_all_of_it_or_nothing(files_in: FilesIn, agree: Agree, user: Any) -> None:
+    def store() -> None:
+        save(name="photos/a.txt")
+        with catalog.together():
+            catalog.add(ContentFile(b"x"), "photos/b.txt")
+            catalog.replace(old, ContentFile(b"y"))
+        user.first_name = "Ada"
+        user.save()
+
+    old = catalog.add(ContentFile(b"x"), "photos/x.txt")
+    with contextlib.suppress(ZeroDivisionError), catalog.together():
+        store()
+        assert len(files_in(root())) == 4
+        raise ZeroDivisionError
+    assert files_in(root()) == [old.name]
+    agree()
+    with catalog.together():
+        store()
+        with contextlib.suppress(ZeroDivisionError), catalog.together():  # this part fails alone
+            save()
+            raise ZeroDivisionError
+    user.refresh_from_db()
+    assert user.first_name == "Ada"
+    assert MediaFile.objects.count() == len(files_in(root())) == 4
+    agree()
+
+
+def test_together_keeps_what_may_be_committed(monkeypatch: pytest.MonkeyPatch, agree: Agree) -> None:
+    real = connection._commit
+
+    def lost() -> None:
+        real()
+        raise OperationalError("the connection died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "_commit", lost)
+        with pytest.raises(OperationalError), catalog.together():
+            save()
+    connection.close()
+    agree()
+    assert MediaFile.objects.count() == 1
 
 
 # Deleting
