@@ -267,24 +267,21 @@ class Receiver:
             answer = self._answer(environ)
         except Refused as refused:
             answer = _text(refused.status, refused.text, refused.headers)
-            self._drain(environ, answer)
+            self._drain(environ)
         except (OSError, sqlite3.Error, LedgerError) as error:
             full = getattr(error, "errno", None) in _FULL or "is full" in str(error)
             log.error("%s %r failed: %s", environ.get("REQUEST_METHOD"), environ.get("PATH_INFO"), error)
             status = HTTPStatus.INSUFFICIENT_STORAGE if full else HTTPStatus.SERVICE_UNAVAILABLE
             answer = _text(status, "the disk is full" if full else "the request could not be carried out")
-            self._drain(environ, answer)
+            self._drain(environ)
         if environ["REQUEST_METHOD"] == "HEAD":
             answer.body = ()
         start_response(f"{answer.status.value} {answer.status.phrase}", list(answer.headers.items()))
         return answer.body
 
-    def _drain(self, environ: Environ, answer: Answer) -> None:
-        """Read the rest of a body, or nginx could take the early end for a failure and hide the answer."""
+    def _drain(self, environ: Environ) -> None:
+        """Read the rest of a body: nginx takes an answer before the end for a failure, and hides it with 502."""
         left = self._length(environ) or 0
-        if left > self.max_bytes:
-            answer.headers["Connection"] = "close"
-            return
         with contextlib.suppress(OSError):
             while left > 0 and (chunk := environ["wsgi.input"].read(min(left, CHUNK))):
                 left -= len(chunk)
