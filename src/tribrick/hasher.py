@@ -82,6 +82,8 @@ class Tree:
         except (FileNotFoundError, NotADirectoryError):
             return {"name": name, "error": "missing"}
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return {"name": name, "error": "missing"}
             return {"name": name, "error": "unreadable", "detail": error.strerror or str(error)}
 
     def _open(self, stack: contextlib.ExitStack, name: str) -> int:

@@ -117,3 +117,10 @@ def test_command_line(capsys):
 def test_every_shell_script_is_found():
     found = testing.shell_scripts()
     assert {"scripts/test", "scripts/lab", ".ci/run", "molecule/shared/vault-password"} <= set(found)
+
+
+def test_packages_that_are_missing_are_named(monkeypatch):
+    assert testing.missing_packages() == []  # or these tests would not have begun
+    packages = {"one": ("usr/no/*", ""), "two": ("usr/no", "sh"), "three": ("usr/b*n/env", ""), "four": ("no", "no-such")}
+    monkeypatch.setattr(testing, "UNIT_PACKAGES", packages)
+    assert testing.missing_packages() == ["one", "four"]

@@ -29,6 +29,15 @@ UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0
 # Skips that are facts of the machine and say so; any other skipped test counts as failed.
 ALLOWED_SKIPS: tuple[str, ...] = (r"^no IPv6 in this lab", r"^Django \d+\.\d+ is not installed")
+# Debian package -> where its files are, and a program of it that may be elsewhere on the PATH.
+UNIT_PACKAGES: dict[str, tuple[str, str]] = {
+    "postgresql": ("usr/lib/postgresql/*/bin/postgres", "postgres"),
+    "nginx-light": ("usr/sbin/nginx", "nginx"),
+    "libnginx-mod-http-dav-ext": ("usr/lib/nginx/modules/ngx_http_dav_ext_module.so", ""),
+    "lighttpd": ("usr/sbin/lighttpd", "lighttpd"),
+    "lighttpd-mod-webdav": ("usr/lib/lighttpd/mod_webdav.so", ""),
+    "litmus": ("usr/bin/litmus", "litmus"),
+}
 
 EXAMPLES = """\
 examples:
@@ -210,10 +219,20 @@ def shell_scripts() -> list[str]:
     return found
 
 
+def missing_packages() -> list[str]:
+    """Return the Debian packages that unit tests need and that are not there."""
+    return [
+        package
+        for package, (pattern, program) in UNIT_PACKAGES.items()
+        if not any(Path("/").glob(pattern)) and (not program or shutil.which(program) is None)
+    ]
+
+
 def unit(console: Console, run: Run) -> Outcome:
-    """Unit tests; PostgreSQL's programs are needed for those that take a real database."""
-    if not any(Path("/usr/lib/postgresql").glob("*/bin/postgres")) and shutil.which("postgres") is None:
-        apt_install(console, ["postgresql"], "unit tests use a real database")
+    """Unit tests; some take a real database and real web servers."""
+    missing = missing_packages()
+    if missing:
+        apt_install(console, missing, "unit tests use a real database and real web servers")
     report = LOGS / "unit.xml"
     report.unlink(missing_ok=True)
     problem = execute(

@@ -40,7 +40,7 @@ KEYS = {"web": "a secret of the web servers"}
 
 def find_program(name: str, package: str) -> str:
     """Return the path of a program of a Debian package."""
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/libexec/litmus")
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/libexec/litmus:/usr/lib/litmus")
     if found is None:
         pytest.fail(f"{name} is not there: apt-get install {package}", pytrace=False)
     return found
