@@ -34,6 +34,7 @@ EXPECTED = {
     "docs/offline.md",
     "docs/operations.md",
     "docs/ports.md",
+    "docs/receiver.md",
     "docs/runbooks/README.md",
     "docs/security.md",
     "docs/storages.md",

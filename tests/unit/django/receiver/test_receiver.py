@@ -509,6 +509,18 @@ def test_a_delete_between_look_and_link(direct: Any, tmp_path: Path, monkeypatch
     assert ask("GET", "a/x")[0] == 410
 
 
+def test_a_delete_while_the_body_comes(direct: Any, tmp_path: Path) -> None:
+    ask = direct()
+
+    class Body(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            assert ask("DELETE", "x")[0] == 204
+            return super().read(size)
+
+    assert ask("PUT", "x", ONE, **{"wsgi.input": Body(ONE)})[0] == 410
+    assert not (tmp_path / "root/x").exists()
+
+
 def test_put_and_delete_at_once(client: Client) -> None:
     """Many times, over the worker processes: after the DELETE's answer the name is never seen again."""
     for number in range(60):
