@@ -6,14 +6,14 @@ A WSGI application without Django's settings, behind nginx::
 
 It is configured by environment variables:
 
-==============================  =====================================================================
+=============================== =====================================================================
 ``TRIBRICK_RECEIVER_ROOT``      directory of the files; must exist
 ``TRIBRICK_RECEIVER_STATE``     directory of its own data (``tombstones.sqlite``); must exist, not in ROOT
 ``TRIBRICK_RECEIVER_LEDGER``    optional: ``ledger.sqlite``, only read; what it knows deleted stays deleted
 ``TRIBRICK_RECEIVER_KEYS``      optional: JSON file ``{key id: secret}``; every request must then be signed
 ``TRIBRICK_RECEIVER_MAX_BYTES`` optional: largest body, 4 GiB by default
 ``TRIBRICK_RECEIVER_ACCEL``     optional: prefix; GET is then answered with ``X-Accel-Redirect``
-==============================  =====================================================================
+=============================== =====================================================================
 
 The path of a request is the file's name. What each method does, and in what order, is in
 docs/receiver.md. The order of a PUT: a temporary file in ``ROOT/.tribrick-incoming``, fsync, the
