@@ -349,16 +349,11 @@ class Receiver:
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE, "the directory of the files is not there or may not be written"
             )
-        self._is_deleted("-")
+        self.tombstones.has("-")
+        self._known("-")
         return _text(HTTPStatus.OK, "ready")
 
     # What is deleted.
-
-    def _is_deleted(self, name: str) -> bool:
-        if self.tombstones.has(name):
-            return True
-        known = self._known(name)
-        return known is not None and known[0] != "stored"
 
     def _known(self, name: str) -> tuple[str, str] | None:
         """Return state and SHA-256 of *name* in the ledger. One that is not there yet knows nothing."""
@@ -368,9 +363,13 @@ class Receiver:
             known = ledger.get(name)
         return None if known is None else (known.state, known.sha256)
 
-    def _refuse_deleted(self, name: str) -> None:
-        if self._is_deleted(name):
+    def _refuse_deleted(self, name: str, digest: str | None = None) -> None:
+        """Refuse a deleted name, and with *digest* one that the ledger knows with other bytes."""
+        known = self._known(name)
+        if self.tombstones.has(name) or (known is not None and known[0] != "stored"):
             raise Refused(HTTPStatus.GONE, "the name was deleted, and a deleted name never comes back")
+        if digest is not None and known is not None and known[1] != digest:
+            raise Refused(HTTPStatus.CONFLICT, "the ledger knows the name with other bytes")
 
     # GET and HEAD.
 
@@ -478,7 +477,7 @@ class Receiver:
             raise Refused(HTTPStatus.CONFLICT, "a part of the name is that of a file") from error
         # A DELETE writes its tombstone under the same lock, so none can come between look and link.
         with self._locks.held(name):
-            self._refuse_deleted(name)
+            self._refuse_deleted(name, digest)
             try:
                 os.link(temporary, last, src_dir_fd=incoming, dst_dir_fd=directories[-1], follow_symlinks=False)
             except FileExistsError:

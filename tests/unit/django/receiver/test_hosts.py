@@ -195,6 +195,12 @@ def test_no_certificate_no_request(hosts: Callable[[str], Any]) -> None:
     assert not (host.files / "tls/two.txt").exists()
 
 
+def test_ready_through_nginx(hosts: Callable[[str], Any]) -> None:
+    host = hosts("receiver")
+    unsigned = {key: value for key, value in host.options.items() if not key.startswith("hmac")}
+    assert read(DefaultTransport(base_url=host.base_url, **unsigned), host, "-/ready") == b"ready\n"
+
+
 def test_a_certificate_without_a_signature_is_not_enough(hosts: Callable[[str], Any]) -> None:
     host = hosts("receiver")
     unsigned = {key: value for key, value in host.options.items() if not key.startswith("hmac")}

@@ -394,6 +394,10 @@ def test_what_the_ledger_knows_deleted_stays_deleted(direct: Any, tmp_path: Path
         assert ask("PUT", name, ONE)[0] == ask("GET", name)[0] == 410
     assert ask("PUT", "alive", ONE)[0] == 204
     assert ask("GET", "alive")[0] == 200
+    (tmp_path / "root/alive").unlink()
+    assert ask("PUT", "alive", b"two")[0] == 409, "other bytes than the ledger knows"
+    assert not (tmp_path / "root/alive").exists()
+    assert ask("PUT", "alive", ONE)[0] == 201
     assert ask("PUT", "unknown", ONE)[0] == 201
     assert ask("GET", "-/ready")[0] == 200
 
