@@ -201,10 +201,13 @@ class Machine:
         keys: bool = True,
         writers: str = "127.0.0.0/8",
         changed: Mapping[str, str] | None = None,
+        certificates: Path | None = None,
         **environment: str,
     ) -> Running:
-        """The receiver behind nginx, with mutual TLS."""
-        make_certificates(self.work)
+        """The receiver behind nginx, with mutual TLS; *certificates* is where another one has made them."""
+        if certificates is None:
+            certificates = self.work
+            make_certificates(certificates)
         if keys:
             file = self.work / "keys.json"
             file.write_text(json.dumps(KEYS))
@@ -219,7 +222,7 @@ class Machine:
                     "192.0.2.11:8443": f"127.0.0.1:{port}",
                     "192.0.2.0/24": writers,
                     "/run/tribrick-receiver/receiver.sock": listening,
-                    "/etc/tribrick/receiver": str(self.work),
+                    "/etc/tribrick/receiver": str(certificates),
                     "/srv/media-host/files": str(self.work / "files"),
                 },
                 changed,
@@ -227,9 +230,9 @@ class Machine:
             port,
         )
         trust = {
-            "ca": f"{self.work}/ca.pem",
-            "certificate": f"{self.work}/client.pem",
-            "key": f"{self.work}/client.key",
+            "ca": f"{certificates}/ca.pem",
+            "certificate": f"{certificates}/client.pem",
+            "key": f"{certificates}/client.key",
         }
         signing = {"hmac_key": KEYS["web"], "hmac_key_id": "web"} if keys else {}
         options = {**trust, **signing, "server_name": "media1.example"}

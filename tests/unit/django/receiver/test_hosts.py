@@ -7,10 +7,12 @@ import hashlib
 import io
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from django.core.files.base import ContentFile
+from django.core.management import CommandError, call_command
 
 from tribrick.storage.transport import Body, Deadline, DefaultTransport, HostUnreachable, UnexpectedStatusCode
 
@@ -166,6 +168,44 @@ def test_a_storage_on_it(kind: str, host: Any, site: Callable[..., Any], databas
         assert not storage.exists(name)
         assert not (host.files / name).exists()
     assert not Outbox.objects.filter(done=None).exists()
+
+
+def test_reconcile_mends_receivers(
+    machine: Any, site: Callable[..., Any], database: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tribrick import outbox
+    from tribrick.ledger import follow_once
+    from tribrick.models import MediaFile
+
+    monkeypatch.setattr(outbox, "SOON", 0.0)
+    ledger = tmp_path / "ledger.sqlite"
+    first = machine("first").receiver(LEDGER=str(ledger))
+    second = machine("second").receiver(LEDGER=str(ledger), certificates=first.files.parent)
+    storage = site("distributed", [first, second], **settings_of(first), WRITE_QUORUM="all")
+    data = {
+        storage.save(f"mend/{word}.txt", ContentFile(word.encode())): word.encode() for word in ("torn", "gone", "dead")
+    }
+    torn, gone, dead = data
+    (first.files / torn).write_bytes(b"to\0\0")
+    (second.files / gone).unlink()
+    storage.delete(dead)
+
+    def reconcile() -> None:
+        with contextlib.suppress(CommandError):
+            call_command("tribrick", "reconcile", "--apply", "--json", stdout=io.StringIO(), stderr=io.StringIO())
+        outbox.Worker().work()
+
+    follow_once(ledger)
+    reconcile()
+    assert not outbox.Outbox.objects.filter(done=None).exists(), "nothing is left to be done"
+    for host in (first, second):
+        assert {name: (host.files / name).read_bytes() for name in host.names()} == {torn: b"torn", gone: b"gone"}
+    # A PUT that was late: the catalog has buried the file, and so has each receiver.
+    for host in (first, second):
+        with pytest.raises(UnexpectedStatusCode) as caught:
+            host.transport().create(host.host, dead, body_of(b"dead"), soon())
+        assert caught.value.status == 410
+    assert MediaFile.objects.filter(state="stored").count() == 2
 
 
 # Who may
