@@ -39,6 +39,7 @@ EXPECTED = {
     "docs/security.md",
     "docs/storages.md",
     "docs/testing.md",
+    "docs/tutorial-moving.md",
     "docs/variables.md",
     "docs/volume-storage.md",
 }
