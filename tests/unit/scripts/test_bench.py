@@ -31,7 +31,7 @@ from kit.run import KitError
         ([float(n) for n in range(1, 101)], 0.99, 99.0),
         ([float(n) for n in range(1, 101)], 1.0, 100.0),
         ([float(n) for n in range(1, 51)], 0.99, 50.0),  # of few values it is the largest
-        ([float(n) for n in range(1, 1001)], 0.07, 70.0),  # 0.07 * 1000 is a bit more than 70
+        ([float(n) for n in range(1, 101)], 0.07, 7.0),  # 0.07 * 100 is a bit more than 7
     ],
 )
 def test_quantile(values: list[float], part: float, expected: float) -> None:
@@ -232,21 +232,33 @@ def test_a_program_that_does_not_answer(remote: Any, what: str, said: str) -> No
 # The command line
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kit.bench", *words],
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """What the command ends with, prints, and says on standard error."""
+    try:
+        code = bench.main(words)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_the_script_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kit.bench", "storages", "--json", "--name", "there-is-none"],
         env=os.environ | {"PYTHONPATH": str(bench.ROOT / "scripts" / "lib")},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: There is no lab 'there-is-none'")
 
 
-def test_help_names_every_part_and_its_options() -> None:
-    done = run("--help")
-    assert done.returncode == 0
-    assert all(name in done.stdout for name in bench.parts())
-    done = run("storages", "--help")
-    assert done.returncode == 0
-    assert all(word in done.stdout for word in ("--json", "--name", "--size", "--blocks", "FileSystemStorage"))
+def test_help_names_every_part_and_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(name in out for name in bench.parts())
+    code, out, _ = run(capsys, "storages", "--help")
+    assert code == 0
+    assert all(word in out for word in ("--json", "--name", "--size", "--blocks", "FileSystemStorage"))
 
 
 @pytest.mark.parametrize(
@@ -260,10 +272,12 @@ def test_help_names_every_part_and_its_options() -> None:
         (["storages", "--json", "--name", "there-is-none"], 1, "There is no lab 'there-is-none'; make it"),
     ],
 )
-def test_bad_input_is_one_clear_sentence(words: list[str], code: int, said: str) -> None:
-    done = run(*words)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert said in done.stderr.splitlines()[-1]
+def test_bad_input_is_one_clear_sentence(
+    words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended, out, error = run(capsys, *words)
+    assert (ended, out) == (code, "")
+    assert said in error.splitlines()[-1]
 
 
 class Part:
@@ -307,3 +321,12 @@ def test_json_is_all_there_is_on_standard_output(with_part: Path, capsys: pytest
 def test_a_table_for_people(with_part: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["one"]) == 0
     assert capsys.readouterr().out == "x is 1.5\nkept: results/one.json, results/one.svg\n"
+
+
+def test_an_end_from_outside_is_no_result(
+    with_part: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Part, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert bench.main(["one", "--json"]) == 130
+    assert capsys.readouterr().out == ""
+    assert not (with_part / "results").exists()
