@@ -178,6 +178,7 @@ def picture_of_ratios(title: str, note: str, columns: Sequence[str], series: Seq
     def y(value: float) -> float:
         return round(floor_at - (floor_at - top) * value / ceiling, 1)
 
+    halo = 'font-size="11" stroke="#fff" stroke-width="3" paint-order="stroke"'
     font = 'font-family="sans-serif" font-size="13" fill="#222"'
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {font}>',
@@ -209,7 +210,7 @@ def picture_of_ratios(title: str, note: str, columns: Sequence[str], series: Seq
                 f'<path d="M{x} {y(ratio.low)}V{y(ratio.high)}" stroke="{colour}" stroke-width="3" opacity=".4"/>'
             )
             out.append(f'<circle cx="{x}" cy="{y(ratio.value)}" r="5" fill="{colour}"/>')
-            out.append(f'<text x="{x + 8}" y="{y(ratio.value) + 4}" font-size="11">{ratio.value:.2f}</text>')
+            out.append(f'<text x="{x + 8}" y="{y(ratio.value) + 4}" {halo}>{ratio.value:.2f}</text>')
     out.append(
         f'<text x="{left}" y="{height - 12}" fill="#555">A dot is the figure, the bar behind it its spread.</text>'
     )

@@ -9,10 +9,12 @@ Both end, and clean up, when their standard input does.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from typing import Any
 DIRECTORY = "bench"  # on the mount
 SCHEMA = "tribrick_bench"  # tables of our own beside the site's
 LOCAL = Path("/var/tmp/tribrick-bench")  # noqa: S108  the local half of HybridStorage, this user's own
+HOST = Path("/var/tmp/tribrick-bench-host")  # noqa: S108  what a media host stores
 IN_MEMORY = 2_621_440  # what is larger, Django keeps in a temporary file while it is uploaded
 
 
@@ -202,12 +205,48 @@ def measure(hosts: list[str]) -> None:
 
 
 def serve(port: int) -> None:
-    """Be a media host until standard input ends."""
-    from tribrick.testing import TestHttpServer
-
-    with TestHttpServer("0.0.0.0", port):  # noqa: S104  the firewall lets in the pool only
-        say({"ready": "tribrick.testing.TestHttpServer"})
+    """Be a media host, as role media_receiver makes it but for nginx in front, until standard input ends."""
+    shutil.rmtree(HOST, ignore_errors=True)
+    (HOST / "files").mkdir(mode=0o700, parents=True)
+    (HOST / "state").mkdir(mode=0o700)
+    places = {"TRIBRICK_RECEIVER_ROOT": str(HOST / "files"), "TRIBRICK_RECEIVER_STATE": str(HOST / "state")}
+    options = [
+        f"--bind=0.0.0.0:{port}",
+        "--worker-class=gthread",
+        "--threads=8",
+        "--keep-alive=60",
+        "--log-level=warning",
+    ]
+    command = [sys.executable, "-P", "-m", "gunicorn", *options, "tribrick.receiver:application()"]
+    receiver = subprocess.Popen(command, env={**os.environ, **places}, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    try:
+        wait_ready(receiver, port)
+        say({"ready": "tribrick.receiver"})
         sys.stdin.read()
+    finally:
+        receiver.terminate()
+        receiver.wait(30)
+        shutil.rmtree(HOST, ignore_errors=True)
+
+
+def wait_ready(receiver: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until the receiver answers."""
+    end = time.monotonic() + 60
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            connection.request("GET", "/-/ready")
+            answer = connection.getresponse()
+            if answer.status == 200:
+                return
+            seen = f"status {answer.status}"
+        except OSError as error:
+            seen = str(error)
+        finally:
+            connection.close()
+        if receiver.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"the receiver is not ready: {seen}")
+        time.sleep(0.1)
 
 
 def main() -> None:
