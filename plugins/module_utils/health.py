@@ -209,12 +209,11 @@ class Brick:
     """What can be seen of the own brick without glusterd."""
 
     process: str  # "" for none, else the letter of its state in /proc
-    started: float | None
+    healer: bool
     mounted: bool
     answers: bool
     volume_id: bool
     read_only: bool = False
-    pending: int = 0
 
 
 def judge_brick(config: Config, brick: Brick) -> list[Finding]:
@@ -241,7 +240,9 @@ def judge_brick(config: Config, brick: Brick) -> list[Finding]:
         found.append(Finding("brick-down", node, "the brick's process does not run", "error", heal))
     elif brick.process in "Tt":
         text = "the brick's process is stopped (SIGSTOP)"
-        found.append(Finding("brick-frozen", node, text, "error", f"{heal} -e node={node}"))
+        found.append(Finding("brick-frozen", node, text, "error", heal))
+    if not brick.healer:
+        found.append(Finding("healer-down", node, "the self-heal daemon does not run", "warning", heal))
     return found
 
 
@@ -603,32 +604,38 @@ def see_brick(config: Config) -> list[Finding]:
         "    only = False\n"
         "print(json.dumps([mark, only, os.path.ismount(sys.argv[2])]))\n"
     )
-    process, started = find_brick(config.brick_path)
+    process, healer = find_brick(config.brick_path), bool(find_process("glusterfs", f"shd/{config.volume}"))
     try:
         code, out, err = probe("brick", [sys.executable, "-c", look, config.brick_path, config.brick_mount])
         if code != 0:
             raise ValueError(err.strip()[-200:])
         mark, only, mounted = json.loads(out)
-        brick = Brick(process, started, mounted, True, mark, only)
+        brick = Brick(process, healer, mounted, True, mark, only)
     except TimedOut:
-        brick = Brick(process, started, True, False, True)
+        brick = Brick(process, healer, True, False, True)
     return judge_brick(config, brick)
 
 
-def find_brick(path: str) -> tuple[str, float | None]:
-    """State letter and start of the process that serves the brick at *path*."""
+def find_process(program: str, word: str) -> int:
+    """The living process of *program* that has *word* among its arguments, 0 for none."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if os.path.basename(words[0]) != b"glusterfsd" or path.encode() not in words:
-                continue
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except (OSError, IndexError):
+            words = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+            if os.path.basename(words[0]) == program.encode() and word.encode() in words:
+                if (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                    return int(entry.name)
+        except OSError:
             continue
-        if fields[0] not in "ZX":
-            ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-            return fields[0], time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks
-    return "", None
+    return 0
+
+
+def find_brick(path: str) -> str:
+    """State letter of the process that serves the brick at *path*, "" for none."""
+    pid = find_process("glusterfsd", path)
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else ""
+    except OSError:
+        return ""
 
 
 def see_mount(config: Config) -> list[Finding]:
@@ -652,25 +659,12 @@ def look_at_mount(root: str, volume_id: str = "") -> tuple[str, str]:
         return "hung", str(late)
     if code != 0:
         why = err.strip().rpartition(": ")[2] or f"exit code {code}"
-        return ("no-quorum" if mount_process(root) else "dead"), why
+        return ("no-quorum" if find_process("glusterfs", root) else "dead"), why
     try:
         seen = json.loads(out).get("id")
     except (ValueError, AttributeError):
         seen = out[:60]
     return ("ok", "") if not volume_id or seen == volume_id else ("wrong-volume", str(seen))
-
-
-def mount_process(root: str) -> int:
-    """The process of the FUSE mount at *root*, 0 for none."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-            if os.path.basename(words[0]) == b"glusterfs" and words[-1] == root.encode():
-                if (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-                    return int(entry.name)
-        except OSError:
-            continue
-    return 0
 
 
 def see_certificates(config: Config) -> list[Finding]:

@@ -27,7 +27,7 @@ CONFIG = health.Config(
     media_root="/srv/media",
     volume_id="1234",
 )
-FINE = health.Brick(process="S", started=1.0, mounted=True, answers=True, volume_id=True)
+FINE = health.Brick(process="S", healer=True, mounted=True, answers=True, volume_id=True)
 
 
 def codes(found):
@@ -103,6 +103,12 @@ def test_what_can_be_wrong_with_a_brick(change, code, command):
     found = only(health.judge_brick(CONFIG, health.replace(FINE, **change)))
     assert (found.code, found.host, found.severity) == (code, "node1", "error")
     assert command in found.command
+
+
+def test_without_the_self_heal_daemon():
+    assert codes(health.judge_brick(CONFIG, health.replace(FINE, healer=False))) == {
+        ("healer-down", "node1", "warning")
+    }
 
 
 def test_a_brick_on_a_shared_disk_is_allowed_where_the_inventory_says_so():
