@@ -687,7 +687,7 @@ CRASHES = """
 import hashlib, io, json, os, signal, sys
 from tribrick import receiver as module
 
-NEW = b"new" * 300_000
+NEW = b"new" * 100_000
 CALLS = set("open mkdir write fsync fdatasync link unlink rename close fstatvfs pread".split())
 
 
@@ -736,7 +736,7 @@ for line in sys.stdin:
     os.waitpid(child, 0)
     os.write(1, b"\\n")  # in case it has said nothing
 """
-NEW = b"new" * 300_000
+NEW = b"new" * 100_000
 
 
 @pytest.fixture(scope="module")
