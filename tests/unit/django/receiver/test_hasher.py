@@ -24,6 +24,7 @@ from tribrick.storage import saving
 from tribrick.testing import wait_for
 
 SOURCES = Path(__file__).resolve().parents[4] / "src"
+RUNNING: list[subprocess.Popen[bytes]] = []
 PART = ".abcdefghijklmnopqrst.part"
 
 
@@ -60,6 +61,7 @@ def start(root: Path, path: Path, *arguments: str) -> subprocess.Popen[bytes]:
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(SOURCES)},
         stderr=subprocess.PIPE,
     )
+    RUNNING.append(process)
 
     def listens() -> bool:
         assert process.poll() is None, process.stderr.read()
@@ -71,6 +73,7 @@ def start(root: Path, path: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
+    RUNNING.remove(process)
     process.send_signal(signal.SIGTERM)
     process.wait(10)
     assert process.stderr is not None
@@ -112,6 +115,14 @@ def client(brick: Path, tmp_path: Path) -> Iterator[Client]:
     process = start(brick, tmp_path / "hashes.sock")
     yield Client(tmp_path / "hashes.sock")
     end(process)
+
+
+@pytest.fixture(autouse=True)
+def _none_stays() -> Iterator[None]:
+    """End what a failed test has left running."""
+    yield
+    for process in list(RUNNING):
+        end(process)
 
 
 def everything(root: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
@@ -315,6 +326,7 @@ def test_a_socket_passed_by_systemd(brick: Path, tmp_path: Path) -> None:
         pass_fds=(3, listening.fileno()) if listening.fileno() != 3 else (3,),
         stderr=subprocess.PIPE,
     )
+    RUNNING.append(process)
     listening.close()
     assert Client(tmp_path / "passed").hashes("photos/zeros")[0]["size"] == 14096
     end(process)
