@@ -7,362 +7,51 @@ on the way of a request, so here the disk is asked, file by file.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import mimetypes
 import os
 import random
-import secrets
-import stat
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import FileSystemStorage, storages
 from django.utils import timezone as django_timezone
 
 from tribrick import catalog, names
 from tribrick.conf import setting
+from tribrick.copies import (
+    QUARANTINE,
+    AuditError,
+    Copy,
+    CopyAway,
+    Found,
+    PathCopy,
+    Seen,
+    look_at,
+)
 from tribrick.ledger import Known, Ledger
 from tribrick.models import Change, Kind, MediaFile, State
-from tribrick.storage.saving import TEMPORARY, temporary_beside
+from tribrick.storage.saving import TEMPORARY
 from tribrick.storage.volume import StoredFile
 
-CHUNK: Final = 1024 * 1024
 PAGE: Final = 500
-HTTP_TIMEOUT: Final = 10.0
+MENDED_AT_ONCE: Final = 100
 SAVE_EVERY = 2.0
 YOUNG: Final = timedelta(hours=1)
 SETTLED: Final = timedelta(hours=24)
-QUARANTINE: Final = ".tribrick-quarantine"
 QUARANTINE_AGE: Final = timedelta(days=30)
 #: What a file can be found to be, see docs/catalog.md.
 KINDS: Final = ("missing", "torn", "different", "unreadable", "dead", "extra")
-_TAIL: Final = 4096
 Progress = Callable[[str, int, int], None]
-
-
-class AuditError(Exception):
-    """The comparison or the repair cannot go on; nothing was changed by the last step."""
 
 
 def _no_progress(_what: str, _done: int, _total: int) -> None:
     return None
-
-
-# Copies
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The bytes found under a name."""
-
-    sha256: str
-    size: int
-    zero_tail: bool  # the last block holds zeros only, as after a write that never reached the disk
-
-
-def _look(chunks: Iterable[bytes]) -> Seen:
-    hasher, size, tail = hashlib.sha256(), 0, b""
-    for chunk in chunks:
-        hasher.update(chunk)
-        size += len(chunk)
-        tail = (tail + chunk[-_TAIL:])[-_TAIL:]
-    return Seen(hasher.hexdigest(), size, bool(tail) and not any(tail))
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file met in a walk. *changed* is the later of its two times of change."""
-
-    name: str
-    size: int
-    changed: float
-    modified: float
-
-
-class Copy:
-    """One place that should hold the files. ``chunks`` raises ``FileNotFoundError`` for a missing one."""
-
-    name: str
-    why_not: str = "nothing may be written there"
-
-    def check(self) -> None:
-        """Raise ``OSError`` unless the copy is there."""
-
-    def exists(self, name: str) -> bool:
-        """Whether there is anything under *name*."""
-        raise NotImplementedError
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes."""
-        raise NotImplementedError
-
-    def walk(self) -> Iterator[Found] | None:
-        """Yield every file; None where that cannot be asked."""
-        return None
-
-    def put(self, known: Known, source: Copy) -> str:  # noqa: ARG002
-        """Make the file from *source*; return what was done. ``AuditError`` where that cannot be."""
-        raise AuditError(f"{self.name}: {self.why_not}")
-
-    def remove(self, known: Known) -> str:  # noqa: ARG002
-        """Remove a deleted file; return what was done."""
-        raise AuditError(f"{self.name}: {self.why_not}")
-
-
-class PathCopy(Copy):
-    """A directory tree. Links are not followed; dot names in its root are not files of the site."""
-
-    def __init__(self, name: str, root: str | os.PathLike[str], *, writable: bool, storage: Any = None) -> None:
-        self.name, self.root, self.writable, self.storage = name, Path(root), writable, storage
-
-    def check(self) -> None:
-        if self.storage is not None and hasattr(self.storage, "verify"):
-            self.storage.verify()
-        if not self.root.is_dir():
-            raise FileNotFoundError(errno.ENOENT, f"{self.root} is not a directory")
-
-    def _path(self, name: str) -> Path:
-        parts = name.split("/")
-        if not all(parts) or {".", ".."} & set(parts) or "\0" in name:
-            raise OSError(errno.EINVAL, f"{name!r} is not the name of a stored file")
-        return self.root.joinpath(*parts)
-
-    def exists(self, name: str) -> bool:
-        try:
-            os.lstat(self._path(name))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        try:
-            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except NotADirectoryError as error:
-            raise FileNotFoundError(errno.ENOENT, "no such file") from error
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file")
-            while chunk := file.read(CHUNK):
-                yield chunk
-
-    def walk(self) -> Iterator[Found]:
-        waiting = [""]
-        while waiting:
-            directory = waiting.pop()
-            try:
-                with os.scandir(self.root / directory) as entries:
-                    listed = sorted(entries, key=lambda entry: entry.name)
-            except FileNotFoundError:
-                if not directory:
-                    raise
-                continue
-            below = []
-            for entry in listed:
-                if not directory and entry.name.startswith(".") and not TEMPORARY.fullmatch(entry.name):
-                    continue
-                name = f"{directory}/{entry.name}" if directory else entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    below.append(name)
-                    continue
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    changed = max(status.st_mtime, status.st_ctime)
-                    yield Found(name, status.st_size, changed, status.st_mtime)
-            waiting.extend(reversed(below))
-
-    def quarantine(self, name: str) -> None:
-        """Move a file to the quarantine of today. Same file system, so no bytes are copied."""
-        today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-        area = self.root / QUARANTINE
-        area.mkdir(mode=0o700, exist_ok=True)
-        target = area / today / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(target):
-            target = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
-        os.rename(self._path(name), target)
-
-    def put(self, known: Known, source: Copy) -> str:
-        if not self.writable:
-            return super().put(known, source)
-        target = self._path(known.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(temporary_beside(str(target)))
-        mode = getattr(self.storage, "file_permissions_mode", None)
-        hasher = hashlib.sha256()
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644 if mode is None else mode)
-        try:
-            try:
-                for chunk in source.chunks(known.name):
-                    hasher.update(chunk)
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[os.write(descriptor, view) :]
-                if hasher.hexdigest() != known.sha256:
-                    raise AuditError(f"{source.name} changed while {known.name} was read from it")
-                if mode is not None:
-                    os.fchmod(descriptor, mode)
-                os.fsync(descriptor)
-                if os.path.lexists(target):
-                    self.quarantine(known.name)
-                os.rename(new, target)
-            except BaseException:
-                new.unlink(missing_ok=True)
-                raise
-            # The name is durable once the file is synced under it; the directory too, on a local disk.
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        return f"written from {source.name}"
-
-    def remove(self, known: Known) -> str:
-        if self.storage is not None:
-            self.storage.delete(known.name)
-        elif not self.writable:
-            return super().remove(known)
-        else:
-            self._path(known.name).unlink(missing_ok=True)
-        return "removed"
-
-
-class HttpCopy(Copy):
-    """Files below an address, read without regard to proxy settings. Never written to."""
-
-    def __init__(self, name: str, address: str) -> None:
-        if urllib.parse.urlsplit(address).scheme not in {"http", "https"}:
-            raise ImproperlyConfigured(f"the copy {name} needs an http or https address, not {address!r}")
-        self.name, self.address = name, address.rstrip("/") + "/"
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def _request(self, method: str, name: str) -> Any:
-        url = self.address + urllib.parse.quote(name)
-        request = urllib.request.Request(url, method=method, headers={"Accept-Encoding": "identity"})  # noqa: S310
-        try:
-            return self._opener.open(request, timeout=HTTP_TIMEOUT)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code in {404, 410}:
-                raise FileNotFoundError(errno.ENOENT, f"{url}: {error.code}") from error
-            raise OSError(errno.EIO, f"{url}: {error.code} {error.reason}") from error
-
-    def check(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                self._request("HEAD", "").close()
-            except OSError as error:
-                if isinstance(error, urllib.error.URLError):  # an answer of any kind is an answer
-                    raise
-
-    def exists(self, name: str) -> bool:
-        try:
-            self._request("HEAD", name).close()
-        except FileNotFoundError:
-            return False
-        return True
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        with self._request("GET", name) as answer:
-            while chunk := answer.read(CHUNK):
-                yield chunk
-
-
-class HostCopy(Copy):
-    """A media host of a storage, over the storage's own transport; written to through the outbox."""
-
-    def __init__(self, storage: Any, host: str) -> None:
-        self.name, self.storage, self.host = host, storage, host
-
-    def check(self) -> None:
-        self.storage.transport.exists(self.host, names.new_token(), self.storage.deadline())
-
-    def exists(self, name: str) -> bool:
-        return bool(self.storage.transport.exists(self.host, name, self.storage.deadline()))
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        if not self.exists(name):
-            raise FileNotFoundError(errno.ENOENT, f"{self.host} does not have {name}")
-        size = self.storage.transport.size(self.host, name, self.storage.deadline())
-        body = self.storage.transport.content(self.host, name, self.storage.deadline(size))
-        try:
-            while chunk := body.read(CHUNK):
-                yield chunk
-        finally:
-            body.close()
-
-    def put(self, known: Known, source: Copy) -> str:  # noqa: ARG002  the worker chooses the source
-        from tribrick.models import Outbox
-        from tribrick.outbox import add_put
-
-        waiting = Outbox.objects.using(catalog.database()).filter(host=self.host, name=known.name, done=None)
-        if not waiting.exists():
-            add_put(StoredFile(known.name, known.sha256, known.size), [self.host])
-        return "put into the outbox"
-
-    def remove(self, known: Known) -> str:
-        from tribrick.outbox import add_delete
-
-        add_delete(known.name, [self.host])
-        return "put into the outbox"
-
-
-class OpenedCopy(Copy):
-    """A storage that has neither a directory nor hosts that we know: what it opens is what it has."""
-
-    def __init__(self, name: str, storage: Any) -> None:
-        self.name, self.storage = name, storage
-
-    def exists(self, name: str) -> bool:
-        return bool(self.storage.exists(name))
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        with self.storage.open(name, "rb") as file:
-            yield from file.chunks(CHUNK)
-
-    def remove(self, known: Known) -> str:
-        self.storage.delete(known.name)
-        return "removed"
-
-
-def copies(alias: str = "default") -> list[Copy]:
-    """Return the storage *alias* itself (``storage``), its media hosts, and ``TRIBRICK["COPIES"]``."""
-    storage = storages[alias]
-    hosts = list(getattr(storage, "hosts", ()))
-    found: list[Copy] = []
-    if isinstance(storage, FileSystemStorage):
-        found.append(PathCopy("storage", storage.location, writable=True, storage=storage))
-    elif not hosts:
-        found.append(OpenedCopy("storage", storage))
-    found += [HostCopy(storage, host) for host in hosts]
-    for entry in setting("COPIES"):
-        if entry.get("storage", "default") != alias:
-            continue
-        unknown = set(entry) - {"name", "kind", "address", "writable", "storage"}
-        if unknown or not {"name", "kind", "address"} <= set(entry):
-            raise ImproperlyConfigured(f'TRIBRICK["COPIES"]: {entry!r} needs name, kind and address')
-        if entry["kind"] == "path":
-            found.append(PathCopy(entry["name"], entry["address"], writable=bool(entry.get("writable"))))
-        elif entry["kind"] == "http":
-            found.append(HttpCopy(entry["name"], entry["address"]))
-        else:
-            raise ImproperlyConfigured(f'TRIBRICK["COPIES"]: the kind of {entry["name"]} is path or http')
-    if len({copy.name for copy in found}) != len(found):
-        raise ImproperlyConfigured('TRIBRICK["COPIES"]: two copies have the same name')
-    return found
 
 
 # What is known
@@ -494,15 +183,30 @@ class Report:
 
 def examine(copy: Copy, known: Known) -> tuple[Finding | None, int]:
     """Compare one file in one copy; return the difference, if any, and the bytes read."""
-    try:
-        if known.state != "stored":
+    if known.state != "stored" and not copy.batched:
+        try:
             there = copy.exists(known.name)
-            return (Finding(copy.name, "dead", known.name, "was deleted") if there else None), 0
-        seen = _look(copy.chunks(known.name))
-    except FileNotFoundError:
-        return Finding(copy.name, "missing", known.name), 0
-    except OSError as error:
-        return Finding(copy.name, "unreadable", known.name, str(error)), 0
+        except OSError as error:
+            return Finding(copy.name, "unreadable", known.name, str(error)), 0
+        return (Finding(copy.name, "dead", known.name, "was deleted") if there else None), 0
+    (seen,) = copy.look([known])
+    return _difference(copy, known, seen)
+
+
+def examine_all(copy: Copy, files: Sequence[Known]) -> list[tuple[Finding | None, int]]:
+    """Do :func:`examine` for many, at once where the copy can do that. ``CopyAway`` if it cannot be reached."""
+    if not copy.batched:
+        return [examine(copy, known) for known in files]
+    return [_difference(copy, known, seen) for known, seen in zip(files, copy.look(files), strict=True)]
+
+
+def _difference(copy: Copy, known: Known, seen: Seen | OSError) -> tuple[Finding | None, int]:
+    if isinstance(seen, FileNotFoundError):
+        return (Finding(copy.name, "missing", known.name) if known.state == "stored" else None), 0
+    if known.state != "stored":
+        return Finding(copy.name, "dead", known.name, "was deleted"), 0
+    if isinstance(seen, OSError):
+        return Finding(copy.name, "unreadable", known.name, str(seen)), 0
     if (seen.sha256, seen.size) == (known.sha256, known.size):
         return None, seen.size
     if seen.size < known.size:
@@ -551,42 +255,60 @@ class Audit:
         try:
             copy.check()
         except OSError as error:
-            self.report.away[copy.name] = str(error)
+            self._is_away(copy, error)
             return False
         return True
 
-    def _files(self, there: Sequence[Copy]) -> None:
+    def _files(self, there: list[Copy]) -> None:
         total = self.source.total()
         while page := self.source.page(self.report.after):
             self._examine(page, there, total)
             self.report.after = page[-1].name
             self._save()
 
-    def _examine(self, files: Sequence[Known], there: Sequence[Copy], total: int) -> None:
-        for known in files:
+    def _examine(self, files: Sequence[Known], there: list[Copy], total: int) -> None:
+        asked = self._ask(files, there)
+        for index, known in enumerate(files):
             for copy in there:
-                finding, read = examine(copy, known)
+                finding, read = asked[copy.name][index] if copy.name in asked else examine(copy, known)
                 self.report.read += read
                 if finding and self.source.get([known.name]).get(known.name) == known:  # not deleted meanwhile
                     self.report.findings.append(finding)
             self.report.checked += 1
             self.progress("files", self.report.checked, total)
 
+    def _ask(self, files: Sequence[Known], there: list[Copy]) -> dict[str, list[tuple[Finding | None, int]]]:
+        """Return what the copies say that are asked about many files at once; drop those that are away."""
+        asked = {}
+        for copy in [copy for copy in there if copy.batched]:
+            try:
+                asked[copy.name] = examine_all(copy, files)
+            except CopyAway as error:
+                self._is_away(copy, error)
+                there.remove(copy)
+        return asked
+
+    def _is_away(self, copy: Copy, error: OSError) -> None:
+        self.report.away[copy.name] = str(error)
+
     def _walk(self, copy: Copy) -> None:
         met = 0
-        for batch in _batches(copy.walk() or ()):
-            known = self.source.get(found.name for found in batch)
-            for found in batch:
-                if found.name in known:
-                    continue  # alive or dead, it was examined by name
-                if time.time() - found.changed < YOUNG.total_seconds():
-                    self.report.young += 1
-                else:
-                    ours = is_own(found.name) or _is_temporary(found.name)
-                    note = "made by our code" if ours else "foreign"
-                    self.report.findings.append(Finding(copy.name, "extra", found.name, note))
-            met += len(batch)
-            self.progress(copy.name, met, met)
+        try:
+            for batch in _batches(copy.walk() or ()):
+                known = self.source.get(found.name for found in batch)
+                for found in batch:
+                    if found.name in known:
+                        continue  # alive or dead, it was examined by name
+                    if time.time() - found.changed < YOUNG.total_seconds():
+                        self.report.young += 1
+                    else:
+                        ours = is_own(found.name) or _is_temporary(found.name)
+                        note = "made by our code" if ours else "foreign"
+                        self.report.findings.append(Finding(copy.name, "extra", found.name, note))
+                met += len(batch)
+                self.progress(copy.name, met, met)
+        except CopyAway as error:
+            self._is_away(copy, error)
 
     # How far it is.
 
@@ -626,9 +348,12 @@ class Audit:
         self.over = [copy for copy in self.over if copy.name in left]
 
 
-def _batches(walked: Iterable[Found]) -> Iterator[list[Found]]:
+_T = TypeVar("_T")
+
+
+def _batches(walked: Iterable[_T], size: int = PAGE) -> Iterator[list[_T]]:
     iterator = iter(walked)
-    while batch := list(islice(iterator, PAGE)):
+    while batch := list(islice(iterator, size)):
         yield batch
 
 
@@ -670,44 +395,89 @@ def reconcile(
 
     Everything is looked at again first, so what was mended meanwhile is passed over.
     """
-    by_name = {copy.name: copy for copy in every}
-    for finding in findings:
-        if finding.kind == "extra":
-            yield Repair(finding, False, "left alone: adopt takes it into the catalog, sweep takes our own away")
-            continue
-        copy = by_name[finding.copy]
-        known = source.get([finding.name]).get(finding.name)
-        if known is None or examine(copy, known)[0] is None:
-            yield Repair(finding, True, "in order by now")
-            continue
+    for page in _batches(findings, MENDED_AT_ONCE):
+        done: dict[Finding, Repair] = {}
+        for copy in every:
+            mine = [finding for finding in page if finding.copy == copy.name and finding.kind != "extra"]
+            if mine:
+                done |= {repair.finding: repair for repair in _Mending(copy, source, every, apply).run(mine)}
+        for finding in page:
+            if finding.kind == "extra":
+                text = "left alone: adopt takes it into the catalog, sweep takes our own away"
+                yield Repair(finding, False, text)
+            else:
+                yield done[finding]
+
+
+class _Mending:
+    """Mends some files of one copy."""
+
+    def __init__(self, copy: Copy, source: Source, every: Sequence[Copy], apply: bool) -> None:
+        self.copy, self.source, self.every, self.apply = copy, source, every, apply
+
+    def run(self, findings: Sequence[Finding]) -> Iterator[Repair]:
+        known = self.source.get(finding.name for finding in findings)
+        files = [known[finding.name] for finding in findings if finding.name in known]
+        said: dict[str, str | Exception] = {}
         try:
-            yield Repair(finding, True, _mend(copy, known, source, every, apply))
+            wrong = [file for file, (now, _) in zip(files, examine_all(self.copy, files), strict=True) if now]
+            dead = [file for file in wrong if file.state != "stored"]
+            said |= self._remove(dead)
+            said |= self._write([file for file in wrong if file.state == "stored"])
+        except OSError as error:  # away since the audit
+            said = {finding.name: error for finding in findings} | said
+        for finding in findings:
+            what = said.get(finding.name, "in order by now")
+            yield Repair(finding, not isinstance(what, Exception), str(what))
+
+    def _remove(self, dead: Sequence[Known]) -> dict[str, str | Exception]:
+        what = self.copy.remove_all(dead) if self.apply else ["to be removed"] * len(dead)
+        return {file.name: one for file, one in zip(dead, what, strict=True)}
+
+    def _write(self, wrong: Sequence[Known]) -> dict[str, str | Exception]:
+        said: dict[str, str | Exception] = {}
+        left = list(wrong)
+        for other in self.every:
+            if other.name == self.copy.name or not other.readable or not left:
+                continue
+            has = self._right_in(other, left)
+            left = [file for file in left if file not in has]
+            if not has:
+                continue
+            if not self.copy.writable:
+                why = AuditError(f"{self.copy.name}: {self.copy.why_not}; {other.name} has the bytes")
+                said |= {file.name: why for file in has}
+            elif not self.apply:
+                said |= {file.name: f"to be written from {other.name}" for file in has}
+            else:
+                said |= self._put(has, other)
+        return said | {file.name: AuditError("no copy has the bytes") for file in left}
+
+    @staticmethod
+    def _right_in(other: Copy, files: Sequence[Known]) -> list[Known]:
+        try:
+            return [
+                file
+                for file, seen in zip(files, other.look(files), strict=True)
+                if isinstance(seen, Seen) and (seen.sha256, seen.size) == (file.sha256, file.size)
+            ]
+        except CopyAway:
+            return []
+
+    def _put(self, files: Sequence[Known], other: Copy) -> dict[str, str | Exception]:
+        said: dict[str, str | Exception] = {}
+        try:
+            with other.at_hand(files) as near:
+                for file, what in zip(files, self.copy.put_all(files, near), strict=True):
+                    said[file.name] = what
         except (AuditError, OSError) as error:
-            yield Repair(finding, False, str(error))
-
-
-def _mend(copy: Copy, known: Known, source: Source, every: Sequence[Copy], apply: bool) -> str:
-    if known.state != "stored":
-        return copy.remove(known) if apply else "to be removed"
-    for other in every:
-        if other.name == copy.name:
-            continue
-        try:
-            seen = _look(other.chunks(known.name))
-        except OSError:
-            continue
-        if (seen.sha256, seen.size) == (known.sha256, known.size):
-            if isinstance(copy, PathCopy) and not copy.writable:
-                raise AuditError(f"{copy.name}: {copy.why_not}; {other.name} has the bytes")
-            if not apply:
-                return f"to be written from {other.name}"
-            done = copy.put(known, other)
-            now = source.get([known.name]).get(known.name)
-            if now is not None and now.state != "stored":  # deleted while we wrote: it must not come back
-                copy.remove(now)
-                return "deleted meanwhile, removed again"
-            return done
-    raise AuditError("no copy has the bytes")
+            said = {file.name: error for file in files} | said
+        # Deleted while we wrote: it must not come back.
+        now = self.source.get(said)
+        dead = [now[file.name] for file in files if file.name in now and now[file.name].state != "stored"]
+        for file, what in zip(dead, self.copy.remove_all(dead), strict=True):
+            said[file.name] = what if isinstance(what, Exception) else "deleted meanwhile, removed again"
+        return said
 
 
 def backfill(host: str, alias: str = "default", progress: Progress = _no_progress) -> int:
@@ -924,7 +694,7 @@ def adopt(
 
 
 def _adopt_one(copy: PathCopy, one: Found, alias: str, apply: bool, owner: Any) -> None:
-    seen = _look(copy.chunks(one.name))
+    seen = look_at(copy.chunks(one.name))
     now = os.lstat(copy.root / one.name)
     if (now.st_size, max(now.st_mtime, now.st_ctime)) != (one.size, one.changed) or seen.size != one.size:
         raise ValueError("it changed while it was read")

@@ -17,9 +17,9 @@ key                     default                  meaning
 ``NODES``               none                     the names of all nodes; a tombstone expires when
                                                  the ledgers of all of them hold it
 ``COPIES``              none                     copies outside the storage: dictionaries with
-                                                 ``name``, ``kind`` (``path`` or ``http``),
-                                                 ``address`` and, where ``reconcile`` may write to
-                                                 a path, ``"writable": True``
+                                                 ``name``, ``kind`` (``path``, ``http``, ``hashes``
+                                                 or ``ssh``), ``address`` and options of the kind,
+                                                 see docs/catalog.md
 ``LEDGER``              none                     the path of this node's ledger (SQLite)
 ``MEDIA_HOSTS``         none                     hosts (``address`` or ``address:port``) of the
                                                  storages with media hosts, see docs/storages.md

@@ -37,6 +37,8 @@ UNIT_PACKAGES: dict[str, tuple[str, str]] = {
     "lighttpd": ("usr/sbin/lighttpd", "lighttpd"),
     "lighttpd-mod-webdav": ("usr/lib/lighttpd/mod_webdav.so", ""),
     "litmus": ("usr/bin/litmus", "litmus"),
+    "openssh-server": ("usr/sbin/sshd", "sshd"),
+    "rsync": ("usr/bin/rsync", "rsync"),
 }
 
 EXAMPLES = """\
@@ -232,7 +234,7 @@ def unit(console: Console, run: Run) -> Outcome:
     """Unit tests; some take a real database and real web servers."""
     missing = missing_packages()
     if missing:
-        apt_install(console, missing, "unit tests use a real database and real web servers")
+        apt_install(console, missing, "unit tests use a real database, real web servers and SSH")
     report = LOGS / "unit.xml"
     report.unlink(missing_ok=True)
     problem = execute(

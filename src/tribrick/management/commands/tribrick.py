@@ -20,6 +20,7 @@ from django.db import DatabaseError, close_old_connections, connections
 
 from tribrick import audit, catalog, ledger
 from tribrick.conf import setting
+from tribrick.copies import QUARANTINE, AuditError, Copy, copies
 from tribrick.errors import StorageError
 from tribrick.models import MediaFile
 
@@ -128,7 +129,7 @@ class Command(BaseCommand):
         """Run the command; errors of the outside world are one sentence."""
         try:
             options["work"](options)
-        except (audit.AuditError, ledger.LedgerError) as error:
+        except (AuditError, ledger.LedgerError) as error:
             raise CommandError(str(error), returncode=1) from error
         except (StorageError, DatabaseError, sqlite3.Error, OSError) as error:
             raise CommandError(" ".join(str(error).split()), returncode=2) from error
@@ -161,10 +162,10 @@ class Command(BaseCommand):
 
     # Audit and repair.
 
-    def _set_up(self, options: dict[str, Any]) -> tuple[audit.Source, list[audit.Copy], list[audit.Copy]]:
+    def _set_up(self, options: dict[str, Any]) -> tuple[audit.Source, list[Copy], list[Copy]]:
         """Return the source, the copies asked for, and all of them."""
         alias = options["storage"]
-        every = audit.copies(alias)
+        every = copies(alias)
         wanted = options["copy"] or [copy.name for copy in every]
         if unknown := set(wanted) - {copy.name for copy in every}:
             raise CommandError(
@@ -260,7 +261,7 @@ class Command(BaseCommand):
             swept = audit.sweep(found, alias, accept=options["accept"])
             document |= vars(swept)
             text.append(
-                f"{len(swept.quarantined)} moved to {audit.QUARANTINE}, {len(swept.removed)} removed again, "
+                f"{len(swept.quarantined)} moved to {QUARANTINE}, {len(swept.removed)} removed again, "
                 f"{swept.expired} removed from the quarantine"
             )
         self._answer(options, document, text)

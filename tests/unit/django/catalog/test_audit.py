@@ -24,7 +24,7 @@ from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 from django.test import override_settings
 
-from tribrick import audit, catalog, ledger
+from tribrick import audit, catalog, copies, ledger
 from tribrick.errors import StorageUnavailable
 from tribrick.models import Change, MediaFile, Outbox
 from tribrick.testing import TestHttpServer
@@ -329,7 +329,7 @@ def test_a_web_server_that_is_away(tribrick_settings: Settings) -> None:
 def test_wrong_settings_are_refused(entries: Any, tribrick_settings: Settings) -> None:
     tribrick_settings(COPIES=entries)
     with pytest.raises(ImproperlyConfigured):
-        audit.copies()
+        copies.copies()
 
 
 # Reconcile
