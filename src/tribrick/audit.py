@@ -498,7 +498,7 @@ def backfill(host: str, alias: str = "default", progress: Progress = _no_progres
         noted = set(waiting.filter(name__in=[known.name for known in page]).values_list("name", flat=True))
         for known in page:
             if known.state == "stored" and known.name not in noted:
-                add_put(StoredFile(known.name, known.sha256, known.size), [host])
+                add_put(StoredFile(known.name, known.sha256, known.size), [host], storage=alias)
                 queued += 1
         done += len(page)
         progress("files", done, total)

@@ -325,13 +325,14 @@ class HostCopy(Copy):
 
         waiting = Outbox.objects.using(catalog.database()).filter(host=self.host, name=known.name, done=None)
         if not waiting.exists():
-            add_put(StoredFile(known.name, known.sha256, known.size), [self.host])
+            alias = self.storage.alias or ""
+            add_put(StoredFile(known.name, known.sha256, known.size), [self.host], storage=alias)
         return "put into the outbox"
 
     def remove(self, known: Known) -> str:
         from tribrick.outbox import add_delete
 
-        add_delete(known.name, [self.host])
+        add_delete(known.name, [self.host], storage=self.storage.alias or "")
         return "put into the outbox"
 
 

@@ -144,18 +144,24 @@ class Node(models.Model):
 
 
 class Operation(models.TextChoices):
-    """What is to be done on a host."""
+    """What is to be done on a host. ``intent``: a save has begun; see :mod:`tribrick.outbox`."""
 
     PUT = "put"
     DELETE = "delete"
+    INTENT = "intent"
 
 
 class Outbox(models.Model):
-    """Work for one host, written in the transaction it belongs to; done in order of id per host and name."""
+    """Work for one host, written in the transaction it belongs to; done in order of id per host and name.
+
+    *storage* is the key in ``STORAGES``; rows of older releases have none. The host ``local:NODE`` is the
+    local directory of a node.
+    """
 
     name: models.CharField[str, str] = models.CharField(max_length=255, db_index=True)
     operation: models.CharField[str, str] = models.CharField(max_length=6, choices=Operation.choices)
     host: models.CharField[str, str] = models.CharField(max_length=255)
+    storage: models.CharField[str, str] = models.CharField(max_length=64, default="", blank=True)
     sha256: models.CharField[str, str] = models.CharField(max_length=64, blank=True)
     size: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
     created: models.DateTimeField[datetime, datetime] = models.DateTimeField(default=timezone.now)
@@ -170,6 +176,7 @@ class Outbox(models.Model):
         indexes = [
             models.Index(fields=["host", "id"], name="tribrick_pending", condition=models.Q(done__isnull=True)),
             models.Index(fields=["host", "name", "id"], name="tribrick_order"),
+            models.Index(fields=["not_before"], name="tribrick_intents", condition=models.Q(operation="intent")),
         ]
 
     def __str__(self) -> str:

@@ -10,34 +10,56 @@ No deleted file comes back:
 - An attempt that was given up, or whose worker was killed, may still reach the host. So where one
   was made, the DELETE is sent twice, the second time ``LATE`` after the first, when the PUT's
   deadline is long over.
+
+No save leaves bytes that nobody knows of: before the first byte goes anywhere an *intent* is
+committed, apart from the caller's transaction. When it is due and the catalog has the file, it is
+dropped. Else the save was killed or rolled back. Then the name gets a tombstone, and with it, in
+one transaction, a DELETE for every host and for the local directory. The catalog has a name once,
+so whoever commits first wins, at every isolation level and however long a transaction is open: a
+save that comes after the tombstone fails and is undone, and a tombstone waits for a row that is not
+committed yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, cast
 
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import storages
-from django.db import close_old_connections, connections, router, transaction
+from django.db import DatabaseError, close_old_connections, connections, router, transaction
 from django.db.models import Exists, Min, OuterRef, Q
 from django.utils import timezone
 
-from tribrick.models import MediaFile, Operation, Outbox, State
+from tribrick.conf import setting
+from tribrick.ledger import Ledger, LedgerError
+from tribrick.models import Change, MediaFile, Operation, Outbox, State
 from tribrick.storage.base_remote import DELETE, RemoteStorage
 from tribrick.storage.transport import Deadline, TransportError, UnexpectedStatusCode
-from tribrick.storage.volume import StoredFile
+from tribrick.storage.volume import StoredFile, VolumeStorage
 
 log = logging.getLogger("tribrick.outbox")
 SOON = 1.0
 LATE = 60.0
 KEPT = timedelta(days=7)
+ABANDONED = 3600.0
+"""Seconds after which a save without a row counts as killed or rolled back, besides its deadline."""
+LOCAL: Final = "local:"
+_MANY: Final = 100
+_LATER: Final = 60.0
+_LOOK: Final = 10.0  # seconds between looks at the intents
+_LOCK: Final = "200ms"  # how long a tombstone waits for a row that is not committed yet
 _LONGEST_PAUSE: Final = 300.0
 _MARGIN: Final = 5.0
 _NOT_SENT: Final = "not sent: the file was deleted"
@@ -60,13 +82,27 @@ def _after(seconds: float) -> datetime:
 # Writing work down
 
 
-def add_put(stored: StoredFile, hosts: Sequence[str], *, attempts: int = 0, error: str = "", delay: float = 0) -> None:
+def local_host() -> str:
+    """Return what stands for the local directory of this node in the outbox."""
+    return f"{LOCAL}{setting('NODE')}"
+
+
+def add_put(
+    stored: StoredFile,
+    hosts: Sequence[str],
+    *,
+    storage: str = "",
+    attempts: int = 0,
+    error: str = "",
+    delay: float = 0,
+) -> None:
     """Note that *hosts* need a file. *attempts* says that one was made and its end is not sure."""
     _rows().bulk_create(
         Outbox(
             name=stored.name,
             operation=Operation.PUT,
             host=host,
+            storage=storage,
             sha256=stored.sha256,
             size=stored.size,
             attempts=attempts,
@@ -77,36 +113,60 @@ def add_put(stored: StoredFile, hosts: Sequence[str], *, attempts: int = 0, erro
     )
 
 
-def add_delete(name: str, hosts: Sequence[str], *, delay: float = 0) -> None:
+def add_delete(name: str, hosts: Sequence[str], *, storage: str = "", delay: float = 0) -> None:
     """Note that *name* must go from *hosts*; those where this is noted already are left out."""
-    noted = set(_rows().filter(name=name, operation=Operation.DELETE, done=None).values_list("host", flat=True))
+    noted = _rows().filter(name=name, storage=storage, operation=Operation.DELETE, done=None)
+    there = set(noted.values_list("host", flat=True))
     _rows().bulk_create(
-        Outbox(name=name, operation=Operation.DELETE, host=host, not_before=_after(delay))
+        Outbox(name=name, operation=Operation.DELETE, host=host, storage=storage, not_before=_after(delay))
         for host in hosts
-        if host not in noted
+        if host not in there
     )
 
 
-def add_delete_apart(name: str, hosts: Sequence[str], *, delay: float = 0) -> None:
-    """The same in a transaction of its own, so that the caller's rollback does not take it back.
+def add_delete_apart(name: str, hosts: Sequence[str], *, storage: str = "", delay: float = 0) -> None:
+    """The same in a transaction of its own, so that the caller's rollback does not take it back."""
+    _apart(partial(add_delete, name, hosts, storage=storage, delay=delay))
+
+
+def add_intent(name: str, *, storage: str, seconds: float) -> None:
+    """Commit that a save has begun, which may take *seconds* before its row is written."""
+    row = Outbox(
+        name=name,
+        operation=Operation.INTENT,
+        host=local_host(),
+        storage=storage,
+        not_before=_after(ABANDONED + seconds),
+    )
+    _apart(partial(row.save, force_insert=True, using=database()))
+
+
+def drop_intent(name: str) -> None:
+    """Forget a save that was undone. Where that fails the worker finds out for itself."""
+    with contextlib.suppress(DatabaseError):
+        _apart(lambda: _rows().filter(name=name, operation=Operation.INTENT).delete())
+
+
+def _apart(write: Callable[[], Any]) -> None:
+    """Write in a transaction of its own.
 
     SQLite allows one writer at a time, so there it is the caller's transaction after all.
     """
     connection = connections[database()]
     if not connection.in_atomic_block or connection.vendor == "sqlite":
-        add_delete(name, hosts, delay=delay)
+        write()
         return
     failed: list[Exception] = []
 
-    def write() -> None:
+    def work() -> None:
         try:
-            add_delete(name, hosts, delay=delay)
+            write()
         except Exception as error:  # noqa: BLE001  raised again by who waits
             failed.append(error)
         finally:
             connections.close_all()
 
-    thread = threading.Thread(target=write, name="tribrick-outbox")  # connections belong to threads
+    thread = threading.Thread(target=work, name="tribrick-outbox")  # connections belong to threads
     thread.start()
     thread.join()
     if failed:
@@ -135,7 +195,7 @@ class Lag:
 def lag() -> list[Lag]:
     """Return what is waiting, by host."""
     found = []
-    waiting = _rows().filter(done=None)
+    waiting = _rows().filter(done=None).exclude(operation=Operation.INTENT)
     for host in sorted(set(waiting.values_list("host", flat=True))):
         mine = waiting.filter(host=host)
         failed = mine.exclude(last_error="").order_by("-attempts", "id").first()
@@ -146,7 +206,66 @@ def lag() -> list[Lag]:
 
 def forget_host(host: str) -> int:
     """Give up the work for a host that is gone for good; return how much it was."""
-    return int(_rows().filter(host=host, done=None).update(done=timezone.now(), last_error="the host was given up"))
+    work = _rows().filter(host=host, done=None).exclude(operation=Operation.INTENT)
+    return int(work.update(done=timezone.now(), last_error="the host was given up"))
+
+
+def settle_intents(name: str | None = None) -> int:
+    """Look at the saves that should have ended by now; return how many were abandoned.
+
+    What the catalog has, or the ledger of this node, is a file. The rest gets a tombstone.
+    """
+    due = _rows().filter(operation=Operation.INTENT, not_before__lte=timezone.now())
+    if name is not None:
+        due = due.filter(name=name)
+    recorded = Exists(MediaFile.objects.filter(name=OuterRef("name")))
+    due.filter(recorded | Exists(Change.objects.filter(name=OuterRef("name")))).delete()
+    abandoned = 0
+    for row in due.order_by("id")[:_MANY]:
+        try:
+            abandoned += _abandon(row)
+        except (DatabaseError, ImproperlyConfigured, LedgerError, sqlite3.Error) as error:
+            # Most likely its row is there and not committed yet.
+            log.warning("the save of %s is not settled yet: %s", row.name, " ".join(str(error).split()))
+            _rows().filter(pk=row.pk).update(not_before=_after(_LATER), last_error=str(error))
+    return abandoned
+
+
+def _abandon(row: Outbox) -> int:
+    """Bury a name that was never recorded; its bytes may be anywhere."""
+    if _ledger_knows(row.name):
+        raise LedgerError(
+            f"the ledger knows {row.name} as stored, the catalog does not; nothing was touched. "
+            "The catalog has lost rows: see ledger rebuild"
+        )
+    storage = storages[row.storage]
+    using = database()
+    with transaction.atomic(using=using):
+        mine = _rows().select_for_update(skip_locked=True).filter(pk=row.pk).first()
+        if mine is None:  # another worker has it
+            return 0
+        if connections[using].vendor == "postgresql":
+            with connections[using].cursor() as cursor:
+                cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK}'")
+        now = timezone.now()
+        MediaFile(
+            name=row.name, storage=row.storage, size=0, state=State.PURGED, deleted=now, created=row.created
+        ).save(force_insert=True, using=using)
+        add_delete(row.name, list(getattr(storage, "hosts", ())), storage=row.storage)
+        if isinstance(storage, VolumeStorage):
+            add_delete(row.name, [row.host], storage=row.storage)
+        mine.delete()
+    log.warning("the save of %s was given up before its row was written; its bytes are removed", row.name)
+    return 1
+
+
+def _ledger_knows(name: str) -> bool:
+    path = setting("LEDGER")
+    if not path or not Path(path).exists():
+        return False
+    with Ledger(path) as ledger:
+        known = ledger.get(name)
+        return known is not None and known.state == "stored"
 
 
 def remove_done(older_than: timedelta = KEPT) -> int:
@@ -183,7 +302,13 @@ class Worker:
         """Return all media hosts."""
         return sorted({host for storage in self.storages().values() for host in storage.hosts})
 
-    def _storage(self, row: Outbox, file: MediaFile | None) -> RemoteStorage:
+    def _storage(self, row: Outbox, file: MediaFile | None = None) -> RemoteStorage:
+        """Return the storage of a row; rows of older releases do not name it."""
+        if row.storage:
+            named = self.storages().get(row.storage)
+            if named is None or (row.host not in named.hosts and not row.host.startswith(LOCAL)):
+                raise TransportError(f"the storage {row.storage} has no host {row.host}")
+            return named
         fitting = {alias: storage for alias, storage in self.storages().items() if row.host in storage.hosts}
         if file is not None and file.storage in fitting:
             return fitting[file.storage]
@@ -200,7 +325,9 @@ class Worker:
         def drain(host: str) -> None:
             self._with_connection(lambda: done.append(self._drain(host, name)))
 
-        threads = [threading.Thread(target=drain, args=(host,)) for host in self.hosts()]
+        settle_intents(name)
+        hosts = self.hosts()
+        threads = [threading.Thread(target=drain, args=(host,)) for host in [*hosts, *([local_host()] if hosts else [])]]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -211,6 +338,7 @@ class Worker:
         """Work until *stop* is set, each host in a thread, so that a slow one holds up no other."""
         threads: dict[str, threading.Thread] = {}
         cleaned = timezone.now()
+        looked = float("-inf")
         while not stop.is_set():
             for host in self.hosts():
                 if host not in threads or not threads[host].is_alive():
@@ -221,12 +349,20 @@ class Worker:
                         daemon=True,
                     )
                     threads[host].start()
+            if time.monotonic() - looked > _LOOK:
+                self._with_connection(self._look_at_intents)
+                looked = time.monotonic()
             if timezone.now() - cleaned > timedelta(hours=1):
                 self._with_connection(remove_done)
                 cleaned = timezone.now()
             stop.wait(self._pause)
         for thread in threads.values():
             thread.join()
+
+    def _look_at_intents(self) -> None:
+        if self.hosts():
+            settle_intents()
+            self._drain(local_host(), None)
 
     @staticmethod
     def _with_connection(work: Callable[[], Any]) -> None:
@@ -254,18 +390,24 @@ class Worker:
     def claim(self, host: str, name: str | None = None) -> tuple[Outbox, Deadline] | None:
         """Take the next due row of *host* and the deadline of the attempt; None if there is none."""
         earlier = Outbox.objects.filter(host=OuterRef("host"), name=OuterRef("name"), id__lt=OuterRef("id"), done=None)
-        due = _rows().filter(host=host, done=None, not_before__lte=timezone.now()).filter(~Exists(earlier))
+        earlier = earlier.exclude(operation=Operation.INTENT)
+        due = _rows().filter(host=host, done=None, not_before__lte=timezone.now())
+        due = due.exclude(operation=Operation.INTENT).filter(~Exists(earlier))
         if name is not None:
             due = due.filter(name=name)
         with transaction.atomic(using=database()):
             row = due.order_by("id").select_for_update(skip_locked=True, of=("self",)).first()
             if row is None:
                 return None
-            deadline = next(iter(self.storages().values())).deadline(row.size)
+            deadline = self._deadline(row)
             row.attempts += 1
             row.not_before = _after(deadline.seconds + _MARGIN)
             row.save(update_fields=["attempts", "not_before"])
         return row, deadline
+
+    def _deadline(self, row: Outbox) -> Deadline:
+        known = self.storages()
+        return (known.get(row.storage) or next(iter(known.values()))).deadline(row.size)
 
     def deliver_one(self, host: str, name: str | None = None) -> bool | None:
         """Deliver the next due row of *host*: True if that succeeded; None if there is none."""
@@ -295,6 +437,11 @@ class Worker:
     def _deliver(self, row: Outbox, deadline: Deadline) -> str:
         file = MediaFile.objects.using(database()).filter(name=row.name).first()
         storage = self._storage(row, file)
+        if row.host.startswith(LOCAL):
+            if file is not None and file.state == State.STORED:
+                raise TransportError("the catalog has the file as stored")
+            cast("VolumeStorage", storage)._unlink(row.name)
+            return ""
         if row.operation == Operation.DELETE:
             storage.execute_one(DELETE, row.host, row.name, None, deadline)
             return _ONCE_MORE if row.last_error != _ONCE_MORE and self._may_come_late(row) else ""
@@ -313,7 +460,8 @@ class Worker:
 
     @staticmethod
     def _is_deleted(row: Outbox) -> bool:
-        return bool(_rows().filter(name=row.name, operation=Operation.DELETE, id__gt=row.pk).exists())
+        later = _rows().filter(name=row.name, operation=Operation.DELETE, id__gt=row.pk)
+        return bool(later.filter(storage__in=["", row.storage]).exists())
 
     @staticmethod
     def _may_come_late(row: Outbox) -> bool:

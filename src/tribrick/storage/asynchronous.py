@@ -41,10 +41,16 @@ class AsyncStorage(HybridStorage):
         if operation == UPLOAD:
             if body is None:
                 raise ValueError("an upload needs its body")
-            outbox.add_put(StoredFile(name, body.sha256, body.size), self.hosts)
+            outbox.add_put(StoredFile(name, body.sha256, body.size), self.hosts, storage=self.alias or "")
         else:
-            outbox.add_delete(name, self.hosts)
+            outbox.add_delete(name, self.hosts, storage=self.alias or "")
         return {host: Outcome(host, queued=True) for host in self.hosts}
+
+    def _intend(self, name: str, size: int | None = None) -> None:
+        """Nothing: until the commit no byte is anywhere but here, where ``sweep`` finds it."""
+
+    def _forget(self, name: str) -> None:
+        """Nothing: there is no intent."""
 
     def _replicate(self, stored: StoredFile, body: Body, content: File[Any] | None, *, local: bool) -> None:  # noqa: ARG002
         commit = Commit()

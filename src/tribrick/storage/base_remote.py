@@ -326,6 +326,24 @@ class RemoteStorage(Catalogued):
 
     # Writing.
 
+    def _intend(self, name: str, size: int | None = None) -> None:
+        """Commit that a save of *name* begins, before its first byte goes anywhere.
+
+        Whatever happens to this process or the caller's transaction then, the worker removes what
+        has no row.
+        """
+        if self.has_outbox:
+            from tribrick import outbox
+
+            outbox.add_intent(name, storage=self.alias or "", seconds=self.deadline(size or 0).seconds)
+
+    def _forget(self, name: str) -> None:
+        """Take the intent of a save back that left nothing, or a task for what it left."""
+        if self.has_outbox:
+            from tribrick import outbox
+
+            outbox.drop_intent(name)
+
     def _replicate(self, stored: StoredFile, body: Body, content: File[Any] | None, *, local: bool) -> None:
         """Bring a new file to the hosts: enough of them have it and the rest is a task, or none has it.
 
@@ -346,7 +364,14 @@ class RemoteStorage(Catalogued):
                 missing = [outcome for outcome in results.values() if outcome.error is not None]
                 with commit.watched():
                     for outcome in missing:
-                        outbox.add_put(stored, [outcome.host], attempts=1, error=str(outcome.error), delay=outbox.SOON)
+                        outbox.add_put(
+                            stored,
+                            [outcome.host],
+                            storage=self.alias or "",
+                            attempts=1,
+                            error=str(outcome.error),
+                            delay=outbox.SOON,
+                        )
                     if content is not None:
                         self._record(stored, content)
         except BaseException:
@@ -358,6 +383,10 @@ class RemoteStorage(Catalogued):
 
     def _undo(self, name: str, results: Mapping[str, Outcome]) -> None:
         """Remove a failed save from the hosts; what cannot be removed now becomes a durable task."""
+        if self._undone(name, results):
+            self._forget(name)
+
+    def _undone(self, name: str, results: Mapping[str, Outcome]) -> bool:
         if not results:  # interrupted: anything may be under way
             results = {host: Outcome(host, error=NotWaitedFor(errno.EINTR, "interrupted")) for host in self.hosts}
         touched = [
@@ -372,21 +401,21 @@ class RemoteStorage(Catalogued):
             deadline = Deadline(self.deadline().seconds * _UNDO)
             undone = _Calls({host: partial(self.execute_one, DELETE, host, name, None, deadline) for host in now})
             late += [host for host, outcome in undone.wait(deadline).items() if not outcome.ok and host not in late]
-        if late:
-            self._leave(name, late)
+        return not late or self._leave(name, late)
 
-    def _leave(self, name: str, hosts: Sequence[str]) -> None:
+    def _leave(self, name: str, hosts: Sequence[str]) -> bool:
         """Note that *name* must go from *hosts*, whatever becomes of the caller's transaction."""
         if self.has_outbox:
             from tribrick import outbox
 
             try:
-                outbox.add_delete_apart(name, hosts, delay=outbox.LATE)
+                outbox.add_delete_apart(name, hosts, storage=self.alias or "", delay=outbox.LATE)
             except Exception as error:  # noqa: BLE001  the save's own error matters more
                 log.error("no task could be written: %s", error)
             else:
-                return
+                return True
         log.error("a failed save may have left %s on %s; nobody was told this name", name, ", ".join(hosts))
+        return False
 
     def _delete_remotely(self, name: str, *, catalogued: bool) -> None:
         """Delete *name* on all hosts; what fails becomes a durable task, or raises without an outbox."""
@@ -397,11 +426,11 @@ class RemoteStorage(Catalogued):
 
             add = outbox.add_delete if catalogued else outbox.add_delete_apart
             if missing:
-                add(name, missing, delay=outbox.SOON)
+                add(name, missing, storage=self.alias or "", delay=outbox.SOON)
             # Where a PUT may still be under way, it must be deleted after that as well.
             late = [host for host in outbox.hosts_of_unclean_puts(name) if host not in missing]
             if late:
-                add(name, late, delay=outbox.SOON)
+                add(name, late, storage=self.alias or "", delay=outbox.SOON)
         elif missing and self.fatal_exceptions:
             raise ReplicationError("delete", name, results, len(results))
 

@@ -89,6 +89,7 @@ class DistributedStorage(RemoteStorage, Storage):
         name = self._checked(name)
         with _readable(content) as source, spooled(source.chunks(CHUNK)) as body:
             stored = StoredFile(name, body.sha256, body.size)
+            self._intend(name, body.size)
             self._replicate(stored, body, described, local=False)
         return stored
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from django.core.files import File
 from django.utils.deconstruct import deconstructible
@@ -49,18 +49,26 @@ class HybridStorage(RemoteStorage, VolumeStorage):
 
     def store(self, content: IO[Any] | File[Any], name: str, max_length: int | None = None) -> StoredFile:
         """Store *content* under a new unique name and say what was stored; for ``tribrick.catalog.add``."""
-        return self._keep(VolumeStorage.store(self, content, name, max_length), None)
+        file = content if hasattr(content, "chunks") else File(content, name)
+        return self._keep(self.get_available_name(name, max_length), cast("File[Any]", file), None)
 
     def _save(self, name: str, content: File[Any]) -> str:
-        return self._keep(VolumeStorage._write(self, name, content), content).name
+        return self._keep(name, content, content).name
 
-    def _keep(self, stored: StoredFile, described: File[Any] | None) -> StoredFile:
+    def _keep(self, name: str, content: File[Any], described: File[Any] | None) -> StoredFile:
+        self._intend(name, _size_of(content))
+        try:
+            stored = VolumeStorage._write(self, name, content)
+        except BaseException:
+            self._forget(name)  # nothing is left, or what sweep finds
+            raise
         try:
             self._sync_directories(stored.name)
             with self._local(stored.name) as descriptor:
                 body = Body(stored.size, stored.sha256, opener_of(descriptor, stored.size))
         except BaseException:
             self._unlink(stored.name)
+            self._forget(name)
             raise
         self._replicate(stored, body, described, local=True)
         return stored
@@ -78,11 +86,17 @@ class HybridStorage(RemoteStorage, VolumeStorage):
                 return
             directory = os.path.dirname(directory)
 
-    def _undo(self, name: str, results: Any) -> None:
+    def _name_after_stale(self, name: str) -> str:
+        new = super()._name_after_stale(name)
+        self._intend(new)
+        return new
+
+    def _undone(self, name: str, results: Any) -> bool:
         try:
-            super()._undo(name, results)
+            done = super()._undone(name, results)
         finally:
             self._unlink(name)
+        return done
 
     def _delete_bytes(self, name: str, *, catalogued: bool) -> None:
         self._unlink(name)
@@ -134,3 +148,11 @@ class HybridStorage(RemoteStorage, VolumeStorage):
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _size_of(content: File[Any]) -> int | None:
+    """Return the size of an upload where that is known beforehand."""
+    try:
+        return int(content.size)
+    except (AttributeError, TypeError, ValueError, OSError):
+        return None

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ if not apps.is_installed("tribrick"):
     settings.INSTALLED_APPS = [*settings.INSTALLED_APPS, "tribrick"]
     apps.set_installed_apps(settings.INSTALLED_APPS)
 
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parents[3]
 BACKENDS = {
     "hybrid": "tribrick.storage.HybridStorage",
     "async": "tribrick.storage.AsyncStorage",
@@ -92,4 +98,35 @@ def waiting() -> Callable[[], list[tuple[str, str]]]:
     """Return the operation and the host of what waits in the outbox."""
     from tribrick.models import Outbox
 
-    return lambda: sorted(Outbox.objects.filter(done=None).values_list("operation", "host"))
+    rows = Outbox.objects.filter(done=None).exclude(operation="intent")
+    return lambda: sorted(rows.all().values_list("operation", "host"))
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start another process of the site as it is configured now, which runs some code."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str) -> subprocess.Popen[str]:
+        paths = [str(SOURCES / "src"), str(SOURCES / "example"), str(HERE)]
+        given = {"default": settings.STORAGES["default"], "tribrick": dict(settings.TRIBRICK)}
+        running = subprocess.Popen(
+            [sys.executable, "-c", f"import django; django.setup()\n{code}"],
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join(paths),
+                "DJANGO_SETTINGS_MODULE": "settings",
+                "REMOTE_TEST": json.dumps(given),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(running)
+        return running
+
+    yield start
+    for running in started:
+        if running.poll() is None:
+            running.kill()
+        running.communicate()

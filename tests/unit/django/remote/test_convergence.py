@@ -112,7 +112,6 @@ class Machine(RuleBasedStateMachine):
         for model in (Outbox, Change, MediaFile, Media):
             model.objects.all().delete()
         self.alive: dict[str, bytes] = {}
-        self.abandoned: set[str] = set()
         self.count = 0
         self.stack = contextlib.ExitStack()
 
@@ -154,8 +153,42 @@ class Machine(RuleBasedStateMachine):
     def save_and_roll_back(self, given: dict[str, str]) -> None:
         self.world.faults = given
         with contextlib.suppress(ReplicationError, Crash), transaction.atomic():
-            self.abandoned.add(self.storage.save("p/x.bin", ContentFile(self._data())))
+            self.storage.save("p/x.bin", ContentFile(self._data()))
             raise Crash
+
+    @rule(
+        given=faults,
+        step=st.sampled_from(["execute", "_record", "upload"]),
+        after=st.booleans(),
+        inside=st.booleans(),
+        by_catalog=st.booleans(),
+    )
+    def save_and_crash(self, given: dict[str, str], step: str, after: bool, inside: bool, by_catalog: bool) -> None:
+        """The process is killed in a save: nothing is undone, what it had not committed is lost."""
+        self.world.faults = given
+        real = getattr(self.storage, step)
+
+        def killed(*args: Any, **options: Any) -> Any:
+            if after:
+                real(*args, **options)
+            raise Crash
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.storage, step, killed)
+            patch.setattr(self.storage, "_undo", lambda *_args: None)
+            patch.setattr(self.storage, "_forget", lambda _name: None)
+            patch.setattr(catalog, "_discard", lambda *_args: None)
+            data = self._data()
+            with contextlib.suppress(Crash, ReplicationError), contextlib.ExitStack() as stack:
+                if inside:
+                    stack.enter_context(transaction.atomic())
+                if by_catalog:
+                    name = catalog.add(ContentFile(data), "p/x.bin").name
+                else:
+                    name = self.storage.save("p/x.bin", ContentFile(data))
+                if inside:
+                    raise Crash
+                self.alive[name] = data  # it has no such step
 
     @rule(given=faults, pick=picks)
     def replace(self, given: dict[str, str], pick: int) -> None:
@@ -244,10 +277,7 @@ class Machine(RuleBasedStateMachine):
             Worker().work()
         assert not Outbox.objects.filter(done=None).exists()
         for host, files in self.world.files.items():
-            known = {name: data for name, data in files.items() if name not in self.abandoned}
-            assert known == self.alive, f"host {host}"
-        if self.kind == "Async":
-            assert not any(name in files for name in self.abandoned for files in self.world.files.values())
+            assert files == self.alive, f"host {host}"
         for name, data in self.alive.items():
             assert self.storage.open(name).read() == data
         stored = MediaFile.objects.filter(state="stored").values_list("name", flat=True)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.conf import settings
 from django.core.files.base import ContentFile
 from django.db import OperationalError, connections
 from django.utils import timezone
@@ -30,36 +26,6 @@ pytestmark = pytest.mark.usefixtures("database")
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[3]
 Hosts = Callable[[int], list[TestHttpServer]]
-
-
-@pytest.fixture
-def process() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Start another process of the site as it is configured now, which runs some code."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(code: str) -> subprocess.Popen[str]:
-        paths = [str(SOURCES / "src"), str(SOURCES / "example"), str(HERE)]
-        given = {"default": settings.STORAGES["default"], "tribrick": dict(settings.TRIBRICK)}
-        running = subprocess.Popen(
-            [sys.executable, "-c", f"import django; django.setup()\n{code}"],
-            env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join(paths),
-                "DJANGO_SETTINGS_MODULE": "settings",
-                "REMOTE_TEST": json.dumps(given),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(running)
-        return running
-
-    yield start
-    for running in started:
-        if running.poll() is None:
-            running.kill()
-        running.communicate()
 
 
 WORK = "from tribrick.outbox import Worker\nWorker().work()"
