@@ -327,7 +327,8 @@ class Worker:
 
         settle_intents(name)
         hosts = self.hosts()
-        threads = [threading.Thread(target=drain, args=(host,)) for host in [*hosts, *([local_host()] if hosts else [])]]
+        places = [*hosts, local_host()] if hosts else []
+        threads = [threading.Thread(target=drain, args=(host,)) for host in places]
         for thread in threads:
             thread.start()
         for thread in threads:
