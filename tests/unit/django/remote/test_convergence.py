@@ -158,7 +158,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         given=faults,
-        step=st.sampled_from(["execute", "_record", "upload"]),
+        step=st.sampled_from(["execute", "_record"]),
         after=st.booleans(),
         inside=st.booleans(),
         by_catalog=st.booleans(),
