@@ -104,7 +104,7 @@ photos = {one.image.name: [one.title, hashlib.sha256(one.image.open("rb").read()
 rows, waiting = {}, 0
 if apps.is_installed("tribrick"):
     from tribrick.models import MediaFile, Outbox
-    waiting = Outbox.objects.filter(done=None).count()
+    waiting = Outbox.objects.filter(done=None).exclude(operation="intent").count()
     rows = {one.name: [one.state, one.sha256] for one in MediaFile.objects.all()}
 print(json.dumps({"photos": photos, "rows": rows, "waiting": waiting}))
 """
