@@ -1,0 +1,116 @@
+"""Which faults a scenario is made of; one after the other under load: inject, prove, hold, lift, wait until clean."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from faults import observer
+from faults.history import History
+from kit import faults
+from kit.lab import NODES, Lab
+from kit.run import Console, KitError, wait_for
+
+# fault: how many nodes it hits at once.
+SCENARIOS: dict[str, dict[str, int]] = {
+    "node_loss": {"kill": 1, "power-cut": 1, "pause": 1, "silence": 1},
+    "partition": {"partition": 1, "alone": 3, "one-way": 1, "bridge": 1, "flapping": 1},
+    "brick_loss": {
+        "brick-kill": 1, "brick-freeze": 1, "disk-full": 1, "disks-full": 2, "inodes-full": 1, "read-only": 1,
+        "disk-wiped": 1,
+    },
+    "quorum_loss": {"two-killed": 2, "all-power-cut": 3},
+    "mount_loss": {"mount-kill": 1, "mount-hang": 1},
+    "maintenance": {"glusterd-kill": 1, "glusterd-restart": 1},
+    "database_loss": {"database-stop": 0, "database-cut": 0, "database-restart": 0},
+}  # fmt: skip
+ALIASES = {"two-killed": "kill", "disks-full": "disk-full", "all-power-cut": "power-cut"}
+NOTHING = "none"
+CLEAN_WAIT = 600.0
+PATIENCE = 20.0  # how long a brick may stay away after a fault before it is started by hand
+
+
+def choices(scenario: str) -> dict[str, int]:
+    """Return the faults of a scenario; a single fault is one too."""
+    every = {name: count for members in SCENARIOS.values() for name, count in members.items()}
+    if scenario == "all":
+        return every
+    if scenario == NOTHING:
+        return {}
+    if scenario in SCENARIOS:
+        return SCENARIOS[scenario]
+    if scenario in every:
+        return {scenario: every[scenario]}
+    raise KitError(f"There is no scenario '{scenario}'; there are: {', '.join([*SCENARIOS, 'all', NOTHING, *every])}.")
+
+
+@dataclass
+class Nemesis:
+    """Makes faults under load and writes marks into the history."""
+
+    lab: Lab
+    history: History
+    console: Console
+    seed: str
+    under_way: int = 0  # how many files the load may be writing at a time
+    done: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Let the seed choose nodes."""
+        self.chance = random.Random(f"{self.seed} nemesis")
+
+    def order(self, scenario: str) -> Iterator[tuple[str, list[str]]]:
+        """Return faults and their nodes without end: each fault once in a round, in an order of the seed's."""
+        members = choices(scenario)
+        while members:
+            for name in self.chance.sample(list(members), len(members)):
+                yield name, self.chance.sample(list(NODES), members[name])
+
+    @contextlib.contextmanager
+    def under(self, name: str, hosts: list[str]) -> Iterator[faults.Fault]:
+        """Let a fault hold for the time of the block, then wait until all is clean again."""
+        fault = faults.make(self.lab, ALIASES.get(name, name), hosts)
+        where = ",".join(fault.hosts)
+        self.console.say(f"{name} on {where}")
+        self.history.mark(f"inject {name}", where)
+        try:
+            fault.inject()
+            proof = fault.proof()
+            self.history.mark(f"holds {proof}", where)
+            self.console.say(f"  holds: {proof}")
+            yield fault
+        finally:
+            self.history.mark("lift", where)
+            fault.lift()
+            wait_for(self.console, f"the end of {name}", fault.ended, deadline=120)
+            self.history.mark("ended", where)
+        self.recover(where)
+        self.done.append(name)
+
+    def recover(self, where: str = "") -> None:
+        """Wait until the lab is clean; a brick that stays away is started, as an operator would."""
+        start = time.monotonic()
+        forced = False
+
+        def probe() -> str | None:
+            nonlocal forced
+            seen = observer.clean(self.lab, self.under_way)
+            if seen is not None and "brick offline" in seen and not forced and time.monotonic() - start > PATIENCE:
+                forced = True
+                self.history.mark("recover volume start force", where)
+                self.console.say(f"  {seen}: starting it")
+                volume = self.lab.site_variables()["tribrick_volume"]
+                faults.inside(self.lab, observer.FIRST, f"gluster --mode=script volume start {volume} force", 90)
+            return seen
+
+        wait_for(self.console, "the lab to be clean", probe, deadline=CLEAN_WAIT, interval=1.0)
+        self.history.mark("clean", where)
+        self.console.say(f"  clean after {time.monotonic() - start:.1f} s")
+
+    def hold(self, seconds: float, stop: threading.Event) -> None:
+        """Let things be for a while."""
+        stop.wait(seconds)
