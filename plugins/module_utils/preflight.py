@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 REPLICA = 3
+BACKENDS = ("volume", "hybrid", "async", "distributed")
+RECEIVERS = ("tribrick", "nginx", "lighttpd")
 GIB = 1 << 30
 NO_VOLUME_ID = "00000000-0000-4000-8000-000000000000"  # as inventories/example/ has it
 
@@ -58,26 +60,10 @@ def targets(paths: Iterable[Mapping[str, Any]], node: str, addresses: Mapping[st
 
 def about_inventory(wish: Wish) -> list[str]:
     """Faults that need no look at a host."""
-    found = []
-    servers, addresses = list(wish["gluster_servers"]), wish["addresses"]
-    if wish["replica"] != REPLICA:
-        why = (
-            "an even number of copies has no majority when the nodes disagree"
-            if wish["replica"] % 2 == 0
-            else "the kit is built and tested for three copies"
-        )
-        found.append(f"The inventory asks for replica {wish['replica']}, but {why}: set replica 3.")
-    if len(servers) < REPLICA:
-        found.append(
-            f"The group gluster_servers has {len(servers)} host(s) ({join(servers)}): three are the "
-            "least, since with two neither can tell a dead peer from a cut line. Add "
-            f"{REPLICA - len(servers)} host(s) to the group."
-        )
-    elif len(servers) % REPLICA:
-        found.append(
-            f"The group gluster_servers has {len(servers)} hosts ({join(servers)}), which is no "
-            "multiple of three: each file lives on three nodes. Add or remove hosts."
-        )
+    found = about_backend(wish)
+    addresses = wish["addresses"]
+    if has_volume(wish):
+        found += about_volume(wish)
     for host in wish["hosts"]:
         address = addresses.get(host)
         if address is None:
@@ -100,6 +86,64 @@ def about_inventory(wish: Wish) -> list[str]:
         if address is not None and count > 1:
             names = [host for host in wish["hosts"] if addresses.get(host) == address]
             found.append(f"{join(names)} have the same address {address} in tribrick_hosts: correct it.")
+    for name, present in wish["secrets"].items():
+        if not present:
+            found.append(
+                f"The secret {name} is missing or empty: scripts/new-site makes it; put it into "
+                "group_vars/all/vault.yml with 'ansible-vault edit'."
+            )
+    return found
+
+
+def has_volume(wish: Wish) -> bool:
+    """Whether the media lie on a GlusterFS volume; a back end that is none is taken for one until it is corrected."""
+    return wish["media_backend"] not in BACKENDS[1:]
+
+
+def about_backend(wish: Wish) -> list[str]:
+    """Whether the media back end exists, and whether there are enough nodes for what it promises."""
+    found = []
+    backend, server, nodes = wish["media_backend"], wish["receiver_server"], list(wish["app_servers"])
+    if backend not in BACKENDS:
+        found.append(
+            f"media_backend is '{backend}', which is none of {join(BACKENDS)}.{nearest(str(backend), BACKENDS)}"
+            " Correct it in the inventory."
+        )
+    if server not in RECEIVERS:
+        found.append(
+            f"tribrick_receiver_server is '{server}', which is none of {join(RECEIVERS)}."
+            f"{nearest(str(server), RECEIVERS)} Correct it in the inventory."
+        )
+    if not has_volume(wish) and len(nodes) < REPLICA:
+        found.append(
+            f"The group app_servers has {len(nodes)} host(s) ({join(nodes)}): with media_backend {backend} they keep "
+            f"the files, and three are the least. Add {REPLICA - len(nodes)} host(s) to the group."
+        )
+    return found
+
+
+def about_volume(wish: Wish) -> list[str]:
+    """Faults in what the inventory says of the volume."""
+    found = []
+    servers = list(wish["gluster_servers"])
+    if wish["replica"] != REPLICA:
+        why = (
+            "an even number of copies has no majority when the nodes disagree"
+            if wish["replica"] % 2 == 0
+            else "the kit is built and tested for three copies"
+        )
+        found.append(f"The inventory asks for replica {wish['replica']}, but {why}: set replica 3.")
+    if len(servers) < REPLICA:
+        found.append(
+            f"The group gluster_servers has {len(servers)} host(s) ({join(servers)}): three are the "
+            "least, since with two neither can tell a dead peer from a cut line. Add "
+            f"{REPLICA - len(servers)} host(s) to the group."
+        )
+    elif len(servers) % REPLICA:
+        found.append(
+            f"The group gluster_servers has {len(servers)} hosts ({join(servers)}), which is no "
+            "multiple of three: each file lives on three nodes. Add or remove hosts."
+        )
     mount, path = wish["brick_mount"].rstrip("/"), posixpath.normpath(wish["brick_path"])
     if not path.startswith(mount + "/"):
         found.append(
@@ -112,12 +156,6 @@ def about_inventory(wish: Wish) -> list[str]:
             "The inventory has no volume id of its own (it was copied from the example): set "
             "tribrick_volume_id to a new UUID, or make the inventory with scripts/new-site."
         )
-    for name, present in wish["secrets"].items():
-        if not present:
-            found.append(
-                f"The secret {name} is missing or empty: scripts/new-site makes it; put it into "
-                "group_vars/all/vault.yml with 'ansible-vault edit'."
-            )
     return found
 
 
@@ -155,6 +193,8 @@ def about_absent(facts: Facts, wish: Wish) -> list[str]:
                 f"absent names {host}, where the site's database runs: migrations need it. Bring "
                 f"{host} back first; until then public pictures are still served."
             )
+    if not has_volume(wish):
+        return found + _too_few_receivers(wish, absent)
     gone = [host for host in servers if host in absent]
     for three in sets_of_three(servers):
         left = [host for host in three if host not in absent]
@@ -171,6 +211,16 @@ def about_absent(facts: Facts, wish: Wish) -> list[str]:
             "it needs every node. Repair or replace the node, then run without absent."
         )
     return found
+
+
+def _too_few_receivers(wish: Wish, absent: Sequence[str]) -> list[str]:
+    nodes = list(wish["app_servers"])
+    left = [host for host in nodes if host not in absent]
+    if 2 * len(left) > len(nodes):
+        return []
+    gone = join(host for host in nodes if host in absent)
+    text = f"Without {gone} only {join(left)} of {join(nodes)} is left, which is no majority: uploads are refused, and "
+    return [text + "a rollout could not be proved. Bring one of them back first."]
 
 
 def about_reach(facts: Facts, wish: Wish) -> list[str]:
@@ -484,7 +534,7 @@ def about_mix(facts: Facts, wish: Wish) -> list[str]:
         releases.setdefault(release, []).append(host)
         version = seen["gluster"]["installed"] or seen["gluster"]["candidate"]
         major = re.match(r"(?:\d+:)?(\d+)", version or "")
-        if major and host in wish["gluster_servers"]:
+        if major and has_volume(wish) and host in wish["gluster_servers"]:
             versions.setdefault(major[1], []).append(host)
     if len(releases) > 1:
         listed = "; ".join(f"{join(hosts)}: {release}" for release, hosts in releases.items())
@@ -499,6 +549,22 @@ def about_mix(facts: Facts, wish: Wish) -> list[str]:
             "same one on all, from the same package source."
         )
     return found
+
+
+def about_switch(facts: Facts, wish: Wish) -> list[str]:
+    """Whether the hosts already run another media back end, whose files nobody would find again."""
+    runs: dict[str, list[str]] = {}
+    for host in wish["app_servers"]:
+        here = facts.get(host, {}).get("facts", {})
+        found = here.get("backend") or ("volume" if wish["volume"] in here.get("pool", {}).get("volumes", {}) else None)
+        if found not in (None, wish["media_backend"]):
+            runs.setdefault(found, []).append(host)
+    return [
+        f"{join(hosts)} already {'run' if len(hosts) > 1 else 'runs'} media_backend {backend}, the inventory says "
+        f"{wish['media_backend']}: the site would not find its files. Set media_backend: {backend} again; moving the "
+        "files to another back end is an operation of its own, not a rollout."
+        for backend, hosts in runs.items()
+    ]
 
 
 # --- the report ---------------------------------------------------------------------------
@@ -518,8 +584,10 @@ def findings(facts: Facts, wish: Wish) -> list[str]:
         here = entry["facts"]
         found += about_host(host, here, wish) + about_account(host, here, wish)
         found += about_names(host, here, wish) + about_paths(host, here, present)
-        found += about_brick(host, here, wish, known_ids)
-    return found + about_bricks(seen, wish) + about_pool(seen, wish)
+        if has_volume(wish):
+            found += about_brick(host, here, wish, known_ids)
+    found += about_switch(seen, wish)
+    return found + (about_bricks(seen, wish) + about_pool(seen, wish) if has_volume(wish) else [])
 
 
 def numbered(sentences: Sequence[str]) -> str:

@@ -110,6 +110,7 @@ import uuid
 from ansible.module_utils.basic import AnsibleModule
 
 GLUSTERD = "/var/lib/glusterd"
+SITE = "/etc/tribrick/site.env"  # as the role django_site writes it
 PINS_BEGIN = "# BEGIN tribrick names"  # as the module host_pins writes them
 PINS_END = "# END tribrick names"
 
@@ -200,6 +201,11 @@ def brick(mount: str, path: str) -> dict[str, object]:
             if error.errno not in (errno.ENODATA, errno.ENOTSUP):
                 raise
     return found
+
+
+def backend(environment: str) -> str | None:
+    """Where the site on this host keeps its files, by its environment; None without a site."""
+    return pairs(environment).get("TRIBRICK_BACKEND", "volume") if environment else None
 
 
 def pool() -> dict[str, object]:
@@ -344,6 +350,7 @@ def main() -> None:
         "account": account(wanted["user"], wanted["uid"], wanted["gid"]) if wanted["user"] else None,
         "pool": pool(),
         "pins": kit_pins(read("/etc/hosts")),
+        "backend": backend(read(SITE)),
     }
 
     limit = time.monotonic() + wanted["deadline"] + 0.5

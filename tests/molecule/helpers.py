@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
+import json
 import os
 import random
 import re
@@ -31,6 +33,23 @@ NODES = ("node1", "node2", "node3")
 LONG = os.environ.get("TRIBRICK_SET", "short") == "long"
 SEED = os.environ.get("TRIBRICK_SEED", "0")
 T = TypeVar("T")
+
+# One request of a node to port 7443 of another, with the certificate named; run on the node, which may have no curl.
+_PEER = """
+import base64, http.client, json, ssl, sys
+q = json.load(sys.stdin)
+context = ssl.create_default_context(cafile="/etc/tribrick/receiver/ca.crt")
+if q["certificate"]:
+    context.load_cert_chain(q["certificate"] + ".crt", q["certificate"] + ".key")
+c = http.client.HTTPSConnection(q["node"], 7443, timeout=20, context=context)
+try:
+    c.request(q["method"], q["path"], body=base64.b64decode(q["body"]) or None, headers=q["headers"])
+    a = c.getresponse()
+    print(json.dumps([a.status, base64.b64encode(a.read()).decode()]))
+except (OSError, http.client.HTTPException) as error:
+    print(json.dumps([0, base64.b64encode(repr(error).encode()).decode()]))
+"""
+CLIENT = "/etc/tribrick/receiver/client"
 
 # Enough of a PNG for a picture that was never there before; the chunk `tEXt` makes it unique.
 _PNG = bytes.fromhex(
@@ -156,6 +175,20 @@ class Rig:
 
     def address(self, host: str) -> str:
         return self.lab.addresses[host]
+
+    def peer(
+        self, asker: str, method: str, node: str, path: str, body: bytes = b"",
+        headers: dict[str, str] | None = None, certificate: str = CLIENT,
+    ) -> tuple[int, bytes]:
+        """Ask a node's port for its peers from another node; return status (0: no answer) and body."""
+        question = {
+            "method": method, "node": node, "path": path, "headers": headers or {}, "certificate": certificate,
+            "body": base64.b64encode(body).decode(),
+        }
+        status, said = json.loads(
+            self.root(asker, f"python3 -c {shlex.quote(_PEER)}", text_in=json.dumps(question))
+        )
+        return status, base64.b64decode(said)
 
     # --- Gluster
 

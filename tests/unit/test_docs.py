@@ -164,7 +164,7 @@ def actual_ports(play: dict[str, Any], values: dict[str, Any]) -> dict[str, tupl
     def fill(template: object) -> str:
         def value(match: re.Match[str]) -> str:
             found: Any = values
-            for word in match[1].strip().split("."):
+            for word in match[1].split("|")[0].strip().split("."):
                 found = found[word]
             return str(found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kit import testing
-from kit.testing import Outcome, changed_hosts, junit, recap, summary
+from kit.testing import Outcome, Run, changed_hosts, junit, recap, summary
 
 STEPS = ["destroy", "converge", "destroy"]
 
@@ -112,6 +112,20 @@ def test_command_line(capsys):
     with pytest.raises(SystemExit):
         testing.parse(["nonsense"])
     assert "no part is named nonsense" in capsys.readouterr().err
+
+
+def test_media_back_ends_are_chosen_by_the_seed_and_all_tried_by_the_long_set(monkeypatch):
+    monkeypatch.delenv("LAB_BACKEND", raising=False)
+    assert testing.variants("default", Run("long", "0")) == [Run("long", "0")]
+
+    def chosen(run):
+        return [one.env["LAB_BACKEND"] for one in testing.variants("backends", run)]
+
+    assert chosen(Run("long", "0")) == ["hybrid", "async", "distributed"]
+    assert {tuple(chosen(Run("short", str(seed)))) for seed in range(30)} == {("hybrid",), ("async",), ("distributed",)}
+    assert chosen(Run("short", "7")) == chosen(Run("short", "7"))
+    monkeypatch.setenv("LAB_BACKEND", "async")
+    assert chosen(Run("long", "0")) == ["async"]
 
 
 def test_every_shell_script_is_found():

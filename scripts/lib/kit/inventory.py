@@ -32,6 +32,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 TEMPLATES = Path(__file__).resolve().parents[3] / "templates"
 REPLICA = 3
+# Where the media lie: on a volume, or by one of the storages for sites without one.
+BACKENDS = ("volume", "hybrid", "async", "distributed")
 CA_YEARS = 20  # the default lifetime of a site's CA
 # A volume id that no volume has: it marks an inventory copied by hand; the preflight refuses it.
 EXAMPLE_VOLUME_ID = "00000000-0000-4000-8000-000000000000"
@@ -72,6 +74,7 @@ class SiteSpec:
     ssh_user: str | None = None
     ssh_port: int = 22
     ca_years: int = CA_YEARS
+    backend: str = BACKENDS[0]
     ssh_private_key: Path | None = None
     known_hosts: Path | None = None
     volume_id: str | None = None  # default: a new one, kept by later renderings

@@ -29,7 +29,7 @@ import yaml
 
 from kit import disks, images
 from kit.engine import ensure_engine, ensure_ssh
-from kit.inventory import SiteError, SiteSpec, render
+from kit.inventory import BACKENDS, SiteError, SiteSpec, render
 from kit.run import Console, KitError, capture, stream, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -39,6 +39,7 @@ SUBNETS = {
     "default": "198.18.1.0/24",
     "debian12": "198.18.2.0/24",
     "bare": "198.18.3.0/24",
+    "backends": "198.18.4.0/24",
 }
 FIRST_FREE_SUBNET = 16
 NODES = {"node1": 11, "node2": 12, "node3": 13}
@@ -276,7 +277,12 @@ def ready_disks(console: Console, lab: Lab) -> None:
 
 
 def prepare(
-    console: Console, lab: Lab, release: str | None, kind: str | None, disk_kind: str | None = None
+    console: Console,
+    lab: Lab,
+    release: str | None,
+    kind: str | None,
+    disk_kind: str | None = None,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Settle the lab's place and base, make its images, disks and inventory."""
     noted = lab.recall()
@@ -285,6 +291,7 @@ def prepare(
         ("Debian", noted.get("release"), release),
         ("the image", noted.get("kind"), kind),
         ("disks of kind", noted.get("disks", "volume"), disk_kind),
+        ("the media back end", noted.get("backend", BACKENDS[0]), backend),
     ):
         if running and old and new and old != new:
             raise KitError(
@@ -294,6 +301,7 @@ def prepare(
     release = release or keep.get("release", "13")
     kind = kind or keep.get("kind", "ready")
     disk_kind = disk_kind or keep.get("disks", "volume")
+    backend = backend or keep.get("backend", BACKENDS[0])
     with console.phase("images"):
         tag = images.ensure(console, release, kind)
     if not running.keys() & NODES.keys():
@@ -304,6 +312,7 @@ def prepare(
         disks=disk_kind,
         release=release,
         kind=kind,
+        backend=backend,
         tag=tag,
         subnet=noted.get("subnet") or choose_subnet(lab.name, _docker_subnets()),
     )
@@ -318,6 +327,7 @@ def prepare(
         ssh_user=SSH_USER,
         ssh_private_key=lab.state / "id_ed25519",
         known_hosts=lab.state / "known_hosts",
+        backend=backend,
         overrides=overrides | {"tribrick_http_redirect": False},
     )
     changed = render(spec, lab.inventory, lab.vault_password, update=True)
@@ -531,7 +541,7 @@ def command_up(console: Console, lab: Lab, options: argparse.Namespace) -> None:
     with console.phase("engine"):
         ensure_ssh(console)
         ensure_engine(console, ROOT / ".lab")
-    noted = prepare(console, lab, options.debian, options.image, options.disks)
+    noted = prepare(console, lab, options.debian, options.image, options.disks, options.backend)
     create(console, lab, noted, options.outsider)
     if options.no_site:
         console.say(f"without the site, as asked; {console.timings()}")
@@ -700,6 +710,7 @@ def parser() -> argparse.ArgumentParser:
         choices=DISKS,
         help="volume: bricks are Docker volumes on this machine's disk (default); xfs: each on a disk of its own",
     )
+    disked.add_argument("--backend", choices=BACKENDS, help="where the media lie (default: volume)")
     commands = main_.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up = commands.add_parser("up", parents=[named, base, disked], help="create or repair, roll out, prove")
     up.add_argument("--outsider", action="store_true", help="one more host that belongs to nothing")
@@ -759,7 +770,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
                 command_down(console, lab)
             else:
                 ensure_engine(console, ROOT / ".lab")
-                prepare(console, lab, options.debian, options.image, options.disks)
+                prepare(console, lab, options.debian, options.image, options.disks, options.backend)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kit.inventory import CA_YEARS, Resolver, SiteError, SiteSpec, lookup, parse_host, redacted, render
+from kit.inventory import BACKENDS, CA_YEARS, Resolver, SiteError, SiteSpec, lookup, parse_host, redacted, render
 
 _EXAMPLE = """\
 example:
@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
         "--database-host",
         metavar="HOST[=ADDRESS]",
         help="a host on which the kit sets up PostgreSQL; may be a node",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="where the media lie: on a GlusterFS volume (default), or on the nodes' own disks; see docs/storages.md",
     )
     parser.add_argument("--domain", default="media.example", help="name that visitors type")
     parser.add_argument("--ssh-user", metavar="USER", help="login user with sudo on every host")
@@ -97,6 +103,7 @@ def _spec(arguments: argparse.Namespace, resolve: Resolver) -> SiteSpec:
         database_url=url,
         ssh_user=arguments.ssh_user,
         ca_years=arguments.ca_years,
+        backend=arguments.backend,
     )
 
 
@@ -109,6 +116,13 @@ def _next_steps(spec: SiteSpec, directory: Path, password_file: Path) -> str:
         else f"your own PostgreSQL, {redacted(spec.database_url or '')}"
     )
     hosts = "\n".join(f"  {host:<24} {address}" for host, address in spec.hosts.items())
+    disk = (
+        "On each node make a file system for the brick and mount it on /srv/gluster/media\n"
+        "     (same size everywhere, XFS). The kit never formats a disk."
+        if spec.backend == BACKENDS[0]
+        else "On each node give /srv/media a file system of its own, of the same size everywhere.\n"
+        "     The kit never formats a disk."
+    )
     return f"""\
 Wrote {directory}.
 
@@ -119,8 +133,7 @@ Wrote {directory}.
 Next:
   1. Keep a copy of {password_file} in a safe place. Whoever has it and the
      vault has every secret; without it the secrets are lost.
-  2. On each node make a file system for the brick and mount it on /srv/gluster/media
-     (same size everywhere, XFS). The kit never formats a disk.
+  2. {disk}
   3. Read {directory}/group_vars/all/tribrick.yml; put changes into
      tribrick_overrides.yml beside it.
   4. See what would happen, then roll out:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 OURS = [
-    "tribrick-firewall.service", "glusterd.service", "tribrick-bricks.service", "tribrick-media-guard.service",
-    "tribrick-media-keeper.timer", "tribrick-site.socket", "tribrick-site.service",
+    "tribrick-firewall.service", "tribrick-site.socket", "tribrick-site.service",
     "tribrick-ledger.service", "tribrick-replicate.service",
 ]
 
@@ -34,46 +33,15 @@ def test_nothing_failed_and_nothing_waits_for_a_reload(host):
     assert "NeedDaemonReload=yes" not in stale
 
 
-def test_bricks_outlive_glusterd_by_their_unit(host):
-    assert host.check_output("systemctl show --property=KillMode --value glusterd") == "process"
-
-
-def test_media_root_is_the_volume(host):
-    mount = host.mount_point("/srv/media")
-    assert mount.exists
-    assert mount.filesystem == "fuse.glusterfs"
-    sentinel = host.file("/srv/media/.tribrick-volume")
-    assert sentinel.is_file
-    assert sentinel.mode == 0o444
-
-
 def test_site_user_has_the_fixed_numbers(host):
     user = host.user("tribrick")
     assert (user.uid, user.gid) == (2971, 2971)
-    directory = host.file("/srv/media/photos/0/f")
+    directory = host.file("/srv/media/photos")
     assert directory.is_directory
     assert (directory.uid, directory.gid) == (2971, 2971)
 
 
-def test_gluster_packages_are_held(host):
-    held = host.check_output("apt-mark showhold").split()
-    assert {"glusterfs-server", "glusterfs-client", "glusterfs-common"} <= set(held)
 
-
-def test_management_tls_is_on_and_the_key_is_private(host):
-    assert host.file("/var/lib/glusterd/secure-access").is_file
-    assert host.file("/etc/ssl/glusterfs.key").mode & 0o077 == 0
-    subject = host.check_output("openssl x509 -in /etc/ssl/glusterfs.pem -noout -subject")
-    assert subject.split("CN")[1].strip(" =") == host.check_output("hostname")
-
-
-def test_brick_ports_are_within_the_range_that_the_firewall_knows(host):
-    ports = [
-        int(line.split()[3].rsplit(":", 1)[1])
-        for line in host.check_output("ss -Hltnp").splitlines() if '"glusterfsd"' in line
-    ]
-    assert ports
-    assert all(49152 <= port <= 49251 for port in ports)
 
 
 def test_only_our_table_was_added(host):

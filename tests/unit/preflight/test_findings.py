@@ -32,6 +32,8 @@ def good_wish() -> dict[str, Any]:
         "app_servers": list(NODES),
         "edge_servers": list(NODES),
         "database_servers": ["db1"],
+        "media_backend": "volume",
+        "receiver_server": "tribrick",
         "volume": "media",
         "volume_id": "2b0e4a70-3f5e-4d0e-a58d-0a52f6f6a111",
         "replica": 3,
@@ -157,6 +159,20 @@ def test_a_dead_node_of_a_deployed_site_may_be_left_out() -> None:
     assert judge(site) == []
 
 
+def test_without_a_volume_nothing_is_asked_of_bricks_and_pool() -> None:
+    site = fresh()
+    site["wish"] |= {
+        "media_backend": "distributed", "gluster_servers": [], "volume_id": "", "brick_path": "/x", "replica": 1,
+    }  # fmt: skip
+    for host in NODES:
+        site["facts"][host]["facts"] |= {"brick": None, "backend": "distributed"}
+        site["facts"][host]["facts"]["gluster"] = {"installed": None, "candidate": None}
+    assert judge(site) == []
+    assert judge(leave_out(site, "node2")) == []
+    (only,) = judge(leave_out(site, "node2", "node3"))
+    assert only.startswith("Without node2 and node3 only node1")
+
+
 def test_a_replaced_disk_is_no_fault() -> None:
     """An empty brick under a volume that exists: recovery fills it."""
     site = deployed()
@@ -253,6 +269,22 @@ FAULTS: list[tuple[str, Callable[[], Site], Callable[[Site], Any], list[str]]] =
     ("brick is mount", fresh, in_wish(brick_path="/srv/gluster/media"), ["does not lie below"]),
     ("no volume id", fresh, in_wish(volume_id=preflight.NO_VOLUME_ID), ["volume id", "scripts/new-site"]),
     ("secret", fresh, in_wish(secrets={"vault_x": False}), ["vault_x", "missing", "ansible-vault edit"]),
+    # back ends
+    ("back end", fresh, in_wish(media_backend="hybird"), ["'hybird'", "Did you mean 'hybrid'?", "Correct it"]),
+    ("receiver", fresh, in_wish(receiver_server="apache"), ["tribrick_receiver_server", "'apache'", "lighttpd"]),
+    (
+        "two receivers",
+        fresh,
+        in_wish(media_backend="hybrid", app_servers=["node1", "node2"]),
+        ["app_servers has 2 host(s)", "three are the least", "Add 1 host(s)"],
+    ),
+    (
+        "switch from a volume",
+        deployed,
+        in_wish(media_backend="hybrid"),
+        ["node1, node2 and node3 already run media_backend volume", "says hybrid", "Set media_backend: volume again"],
+    ),
+    ("switch", fresh, on("node2", backend="async"), ["node2 already runs media_backend async", "says volume"]),
     # variables
     (
         "typo",

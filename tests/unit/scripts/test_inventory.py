@@ -359,3 +359,12 @@ def test_new_site_needs_a_database(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         run(tmp_path, "demo", *NODE_ARGUMENTS)
     assert "--database-url --database-host is required" in capsys.readouterr().err
+
+
+def test_new_site_writes_the_media_back_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [word for number in (1, 2, 3) for word in ("--node", f"n{number}=192.0.2.{number}")]
+    more = ["--database-host", "n1", "--backend", "hybrid", "--directory", str(tmp_path)]
+    assert new_site.main(["site", *nodes, *more]) == 0
+    shared = yaml.safe_load((tmp_path / "site/group_vars/all/tribrick.yml").read_text(encoding="utf-8"))
+    assert shared["media_backend"] == "hybrid"
+    assert "for the brick" not in capsys.readouterr().out.split("Next:")[1]
