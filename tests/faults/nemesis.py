@@ -6,13 +6,13 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from faults import observer
 from faults.history import History
 from kit import faults
-from kit.lab import NODES, Lab
+from kit.lab import NODES, Lab, playbook
 from kit.run import Console, KitError, wait_for
 
 # fault: how many nodes it hits at once.
@@ -31,7 +31,7 @@ SCENARIOS: dict[str, dict[str, int]] = {
 ALIASES = {"two-killed": "kill", "disks-full": "disk-full", "all-power-cut": "power-cut"}
 NOTHING = "none"
 CLEAN_WAIT = 600.0
-PATIENCE = 20.0  # how long a brick may stay away after a fault before it is started by hand
+PATIENCE = 20.0  # how long a brick may stay away after a fault before recover_heal is run
 
 
 def choices(scenario: str) -> dict[str, int]:
@@ -71,8 +71,11 @@ class Nemesis:
                 yield name, self.chance.sample(list(NODES), members[name])
 
     @contextlib.contextmanager
-    def under(self, name: str, hosts: list[str]) -> Iterator[faults.Fault]:
-        """Let a fault hold for the time of the block, then wait until all is clean again."""
+    def under(self, name: str, hosts: list[str], recovery: Sequence[str] = ()) -> Iterator[faults.Fault]:
+        """Let a fault hold for the time of the block, then wait until all is clean again.
+
+        *recovery* is the playbook that an operator would run instead of lifting the fault, with its arguments.
+        """
         fault = faults.make(self.lab, ALIASES.get(name, name), hosts)
         where = ",".join(fault.hosts)
         self.console.say(f"{name} on {where}")
@@ -85,6 +88,8 @@ class Nemesis:
             yield fault
         finally:
             self.history.mark("lift", where)
+            if recovery:
+                self.playbook(*recovery)
             fault.lift()
             wait_for(self.console, f"the end of {name}", fault.ended, deadline=120)
             self.history.mark("ended", where)
@@ -92,25 +97,29 @@ class Nemesis:
         self.done.append(name)
 
     def recover(self, where: str = "") -> None:
-        """Wait until the lab is clean; a brick that stays away is started, as an operator would."""
+        """Wait until the lab is clean; for a brick that stays away, do what an operator would."""
         start = time.monotonic()
-        forced = False
+        healed = False
 
         def probe() -> str | None:
-            nonlocal forced
+            nonlocal healed
             seen = observer.clean(self.lab, self.under_way)
-            if seen is not None and "brick offline" in seen and not forced and time.monotonic() - start > PATIENCE:
-                forced = True
-                self.history.mark("recover volume start force", where)
-                self.console.say(f"  {seen}: starting it")
-                volume = self.lab.site_variables()["tribrick_volume"]
-                faults.inside(self.lab, observer.FIRST, f"gluster --mode=script volume start {volume} force", 90)
+            if seen is not None and "brick offline" in seen and not healed and time.monotonic() - start > PATIENCE:
+                healed = True
+                self.console.say(f"  {seen}")
+                self.playbook("recover_heal")
             return seen
 
         wait_for(self.console, "the lab to be clean", probe, deadline=CLEAN_WAIT, interval=1.0)
         self.history.mark("clean", where)
         self.console.say(f"  clean after {time.monotonic() - start:.1f} s")
 
-    def hold(self, seconds: float, stop: threading.Event) -> None:
+    def playbook(self, name: str, *extra: str) -> None:
+        """Run a playbook of the kit, as an operator would."""
+        self.history.mark(f"playbook {name}")
+        words = ["--inventory", str(self.lab.inventory), "--vault-password-file", str(self.lab.vault_password), *extra]
+        playbook(self.console, f"playbooks/{name}.yml", words, CLEAN_WAIT)
+
+    def hold(self, seconds: float) -> None:
         """Let things be for a while."""
-        stop.wait(seconds)
+        threading.Event().wait(seconds)

@@ -88,19 +88,18 @@ class Run:
     def torture(self, scenario: str, minutes: float, hold: float, pause: float) -> None:
         """Load with faults for some minutes; the fault that is under way is ended in order."""
         end = time.monotonic() + minutes * 60
-        never = threading.Event()
         self.start()
         try:
-            never.wait(STEADY)
+            self.nemesis.hold(STEADY)
             for name, hosts in self.nemesis.order(scenario):
                 with self.nemesis.under(name, hosts):
-                    never.wait(hold)
-                never.wait(pause)
+                    self.nemesis.hold(hold)
+                self.nemesis.hold(pause)
                 if time.monotonic() >= end:
                     break
             else:
-                never.wait(max(0.0, end - time.monotonic()))
-            never.wait(STEADY)
+                self.nemesis.hold(max(0.0, end - time.monotonic()))
+            self.nemesis.hold(STEADY)
         finally:
             self.load.finish()
 

@@ -122,3 +122,81 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There is no scenario 'storm'" in capsys.readouterr().err
     assert torture.main(["--scenario", "kill", "--name", "no-such-lab"]) == 2
     assert "There is no lab 'no-such-lab'" in capsys.readouterr().err
+
+
+class Told:
+    """A fault that only tells what was done with it."""
+
+    def __init__(self, hosts: list[str], proof: str) -> None:
+        self.hosts, self.seen, self.done = hosts, proof, list[str]()
+
+    def inject(self) -> None:
+        self.done.append("inject")
+
+    def proof(self) -> str:
+        if not self.seen:
+            raise KitError("it does not hold")
+        return self.seen
+
+    def lift(self) -> None:
+        self.done.append("lift")
+
+    def ended(self) -> str | None:
+        return None
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> tuple[nemesis.Nemesis, list[Told], list[str]]:
+    made: list[Told] = []
+    answers = ["2 entries wait to be healed"]
+
+    def make(_lab: Lab, name: str, hosts: list[str]) -> Told:
+        made.append(Told(hosts, "" if name == "bad" else "seen"))
+        return made[-1]
+
+    monkeypatch.setattr(nemesis.faults, "make", make)
+    monkeypatch.setattr(nemesis.observer, "clean", lambda lab, under_way: answers.pop() if answers else None)
+    monkeypatch.setattr(nemesis.Nemesis, "playbook", lambda self, name, *extra: made[-1].done.append(f"{name} {extra}"))
+    return nemesis.Nemesis(Lab("unit"), History(), Console(), "1"), made, answers
+
+
+def notes(made: nemesis.Nemesis) -> list[str]:
+    return [event.note for event in made.history.events]
+
+
+def test_a_fault_is_proven_lifted_and_waited_for(told: tuple[nemesis.Nemesis, list[Told], list[str]]) -> None:
+    one, made, _ = told
+    with one.under("all-power-cut", ["node1", "node2"]) as fault:
+        assert fault is made[0]  # type: ignore[comparison-overlap]
+        assert notes(one) == ["inject all-power-cut", "holds seen"]
+    assert notes(one)[2:] == ["lift", "ended", "clean"]
+    assert made[0].done == ["inject", "lift"] and one.done == ["all-power-cut"]
+
+
+def test_a_fault_that_does_not_hold_is_lifted_and_fails(told: tuple[nemesis.Nemesis, list[Told], list[str]]) -> None:
+    one, made, _ = told
+    with pytest.raises(KitError, match="does not hold"), one.under("bad", ["node1"]):
+        pytest.fail("nothing may be tested under a fault that does not hold")
+    assert made[0].done == ["inject", "lift"] and one.done == []
+    with pytest.raises(AssertionError, match="during"), one.under("good", ["node1"]):
+        raise AssertionError("during")
+    assert made[1].done == ["inject", "lift"]
+
+
+def test_a_recovery_comes_before_the_fault_is_lifted(told: tuple[nemesis.Nemesis, list[Told], list[str]]) -> None:
+    one, made, _ = told
+    with one.under("mount-hang", ["node1"], ["recover_mount", "-e", "node=node1"]):
+        pass
+    assert made[0].done == ["inject", "recover_mount ('-e', 'node=node1')", "lift"]
+
+
+def test_a_brick_that_stays_away_is_healed_as_an_operator_would(
+    told: tuple[nemesis.Nemesis, list[Told], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, made, answers = told
+    monkeypatch.setattr(nemesis, "PATIENCE", 0.0)
+    monkeypatch.setattr(nemesis, "wait_for", lambda console, what, probe, **more: [probe(), probe(), probe()])
+    answers[:] = ["brick offline: node1", "brick offline: node1"]
+    with one.under("disk-full", ["node1"]):
+        pass
+    assert made[0].done == ["inject", "lift", "recover_heal ()"], "once, not at every look"
