@@ -1,0 +1,82 @@
+"""What the playbooks make of the inventory for each media back end, worked out by Ansible itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+BACKENDS = ("volume", "hybrid", "async", "distributed")
+WANTED = """\
+{{ {'environment': __environment, 'peers': media_web_peers, 'sentinel': media_web_sentinel,
+    'mount': django_site_media_mount_unit, 'umask': django_site_umask, 'server': media_receiver_server,
+    'brick': media_receiver_brick, 'writers': media_receiver_writers, 'client': media_receiver_client} | to_json }}"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Return the variables of node1 of inventories/example by back end."""
+    work = tmp_path_factory.mktemp("variables")
+    [site, *_] = yaml.safe_load((ROOT / "playbooks/deploy_site.yml").read_text(encoding="utf-8"))
+    [receiver] = yaml.safe_load((ROOT / "playbooks/deploy_receiver.yml").read_text(encoding="utf-8"))
+    web = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_web"))
+    variables = {**site["vars"], **web, **receiver["vars"], **receiver["roles"][0]["vars"]}
+    secrets = {"vault_tribrick_django_secret_key": "x", "tribrick_database_url": "postgres://x"}
+    tasks = [
+        {
+            "name": backend,
+            "ansible.builtin.copy": {"dest": str(work / backend), "content": WANTED, "mode": "0600"},
+            "vars": {**variables, **secrets, "media_backend": backend},
+        }
+        for backend in BACKENDS
+    ]
+    play = {"hosts": "node1", "connection": "local", "gather_facts": False, "tasks": tasks}
+    (work / "play.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "ansible", "playbook", f"--inventory={ROOT}/inventories/example",
+         f"--extra-vars=ansible_python_interpreter={sys.executable}", str(work / "play.yml")],
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {backend: json.loads((work / backend).read_text(encoding="utf-8")) for backend in BACKENDS}
+
+
+def test_with_a_volume_every_nodes_brick_is_a_copy_and_nobody_stores_files(found):
+    volume = found["volume"]
+    copies = json.loads(volume["environment"]["TRIBRICK_COPIES"])
+    assert copies == [
+        {"name": f"brick-node{n}", "kind": "hashes", "address": f"https://node{n}:7443/hashes/"} for n in (1, 2, 3)
+    ]
+    assert volume["environment"]["TRIBRICK_MEDIA_HOSTS"] == ""
+    assert volume["environment"]["TRIBRICK_WRITE_QUORUM"] == ""
+    assert (volume["server"], volume["peers"], volume["sentinel"]) == ("none", [], ".tribrick-volume")
+    assert (volume["mount"], volume["umask"]) == ("srv-media.mount", "0022")
+    assert volume["brick"] == "/srv/gluster/media/brick"
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_without_a_volume_an_acknowledged_file_is_on_two_of_three(found, backend):
+    made = found[backend]
+    hosts = made["environment"]["TRIBRICK_MEDIA_HOSTS"].split(",")
+    quorum = int(made["environment"]["TRIBRICK_WRITE_QUORUM"])
+    own = ["node1:7443"] if backend == "distributed" else []
+    assert hosts == [*own, "node2:7443", "node3:7443"]
+    # Of the other back ends the node itself has it, too.
+    assert quorum + (backend != "distributed") == 2
+    assert made["environment"]["TRIBRICK_BACKEND"] == backend
+    assert json.loads(made["environment"]["TRIBRICK_COPIES"]) == []
+    assert (made["server"], made["sentinel"], made["mount"], made["umask"]) == ("tribrick", "", "", "0002")
+    assert (made["brick"], made["client"]) == ("", "node1.site")
+    assert made["writers"] == ["node1.site", "node2.site", "node3.site"]
+    assert made["peers"] == [{"name": f"node{n}", "address": f"192.0.2.1{n}:7443"} for n in (2, 3)]
+    transport = json.loads(made["environment"]["TRIBRICK_TRANSPORT"])
+    assert transport["base_url"] == "https:///files/"
+    assert transport["certificate"].endswith("/client.crt")
