@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from django.core.exceptions import ImproperlyConfigured
 
+Structure = TypeVar("Structure", list[Any], dict[str, Any])
 _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:\[\]]*)(?::(?P<port>[0-9]{1,5}))?")
 
 
@@ -43,6 +45,33 @@ class Environment:
         value = self.text(name, str(default))
         if not re.fullmatch(r"[0-9]{1,18}", value) or not least <= int(value) <= most:
             raise ImproperlyConfigured(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
+        return int(value)
+
+    def choice(self, name: str, known: Collection[str], default: str) -> str:
+        """Return one of the *known* words."""
+        value = self.text(name, default)
+        if value not in known:
+            raise ImproperlyConfigured(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+        return value
+
+    def structure(self, name: str, kind: type[Structure]) -> Structure:
+        """Return a JSON value; not set is an empty one. The message does not repeat it: it may hold keys."""
+        text = self.text(name)
+        try:
+            value = json.loads(text) if text else kind()
+        except ValueError as error:
+            raise ImproperlyConfigured(f"{name} is not JSON: {error}.") from error
+        if not isinstance(value, kind):
+            raise ImproperlyConfigured(f"{name} must be a JSON {'object' if kind is dict else 'array'}.")
+        return value
+
+    def quorum(self, name: str) -> int | str | None:
+        """Return a number of hosts, ``"all"``, or None when it is not set."""
+        value = self.text(name)
+        if value in {"", "all"}:
+            return value or None
+        if not re.fullmatch(r"[1-9][0-9]{0,2}", value):
+            raise ImproperlyConfigured(f'{name} must be a number of hosts or "all", not {value!r}.')
         return int(value)
 
     def words(self, name: str) -> list[str]:

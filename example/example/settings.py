@@ -3,7 +3,16 @@
 from example.environment import Environment, database
 
 env = Environment()
-env.require("SECRET_KEY", "DATABASE_URL", "ALLOWED_HOSTS", "MEDIA_ROOT", "TRIBRICK_SENTINEL_ID")
+# Where files are kept: the storage, and what it cannot do without.
+_BACKENDS = {
+    "volume": ("tribrick.storage.VolumeStorage", ["MEDIA_ROOT", "TRIBRICK_SENTINEL_ID"]),
+    "hybrid": ("tribrick.storage.HybridStorage", ["MEDIA_ROOT", "TRIBRICK_MEDIA_HOSTS"]),
+    "async": ("tribrick.storage.AsyncStorage", ["MEDIA_ROOT", "TRIBRICK_MEDIA_HOSTS"]),
+    "distributed": ("tribrick.storage.DistributedStorage", ["TRIBRICK_MEDIA_HOSTS"]),
+}
+_BACKEND = env.choice("TRIBRICK_BACKEND", _BACKENDS, "volume")
+_STORAGE, _NEEDED = _BACKENDS[_BACKEND]
+env.require("SECRET_KEY", "DATABASE_URL", "ALLOWED_HOSTS", *_NEEDED)
 
 DEBUG = env.flag("DEBUG")
 SECRET_KEY = env.text("SECRET_KEY")
@@ -69,21 +78,25 @@ MEDIA_URL = env.text("MEDIA_URL", "/media/")
 STATIC_ROOT = env.text("STATIC_ROOT") or None
 STATIC_URL = "/static/"
 STORAGES = {
-    "default": {"BACKEND": "tribrick.storage.VolumeStorage"},
+    "default": {"BACKEND": _STORAGE},
     "staticfiles": {
         "BACKEND": "django.contrib.staticfiles.storage."
         + ("StaticFilesStorage" if DEBUG else "ManifestStaticFilesStorage")
     },
 }
+TRIBRICK_NODE = env.text("TRIBRICK_NODE", "this node")
 TRIBRICK = {
-    "NODE": env.text("TRIBRICK_NODE", "this node"),
+    "NODE": TRIBRICK_NODE,
     "NODES": env.words("TRIBRICK_NODES"),
     "LEDGER": env.text("TRIBRICK_LEDGER") or None,
+    "COPIES": env.structure("TRIBRICK_COPIES", list),
+    "MEDIA_HOSTS": env.words("TRIBRICK_MEDIA_HOSTS"),
+    "WRITE_QUORUM": env.quorum("TRIBRICK_WRITE_QUORUM"),
+    "TRANSPORT": env.structure("TRIBRICK_TRANSPORT", dict),
     "SENTINEL_ID": env.text("TRIBRICK_SENTINEL_ID"),
     "HASH_LEVELS": env.number("TRIBRICK_HASH_LEVELS", 2, 0, 8),
     "HASH_WIDTH": env.number("TRIBRICK_HASH_WIDTH", 1, 1, 4),
 }
-TRIBRICK_NODE = env.text("TRIBRICK_NODE", "this node")
 TRIBRICK_MAX_UPLOAD_BYTES = env.number("TRIBRICK_MAX_UPLOAD_BYTES", 100 * 2**20, 1, 2**40)
 # Where nginx serves the volume to itself only; empty: the site sends private files on its own.
 TRIBRICK_ACCEL_PREFIX = env.text("TRIBRICK_ACCEL_PREFIX")
@@ -94,8 +107,13 @@ FILE_UPLOAD_HANDLERS = [
     "django.core.files.uploadhandler.MemoryFileUploadHandler",
     "django.core.files.uploadhandler.TemporaryFileUploadHandler",
 ]
-# Members of the group may read, which nginx needs; the volume is nobody else's.
-FILE_UPLOAD_PERMISSIONS = 0o644
+if _BACKEND in {"hybrid", "async"}:
+    # The receiver of other nodes' files writes into the same tree, as another user of the same group.
+    FILE_UPLOAD_PERMISSIONS = 0o664
+    FILE_UPLOAD_DIRECTORY_PERMISSIONS = 0o2775
+else:
+    # Others may read, which nginx needs; the volume is nobody else's.
+    FILE_UPLOAD_PERMISSIONS = 0o644
 
 SECURE_REFERRER_POLICY = "same-origin"
 SESSION_COOKIE_SAMESITE = "Lax"

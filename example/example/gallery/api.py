@@ -29,8 +29,9 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.csrf import csrf_exempt
 
 from example.gallery import services, uploads
-from example.gallery.models import StoredMedia, Token
+from example.gallery.models import Token, Version
 from example.gallery.services import Refused
+from tribrick.models import MediaFile, State
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _ROOT = "/api/media/"
@@ -72,36 +73,32 @@ def endpoint(*methods: str) -> Callable[[View], View]:
     return decorate
 
 
-def created(media: StoredMedia) -> dict[str, Any]:
+def created(version: Version) -> dict[str, Any]:
     """Return the answer to an upload."""
-    return {
-        "url": media.url,
-        "name": media.name,
-        "sha256": media.sha256,
-        "size": media.size,
-        "node": media.node,
-    }
+    file = version.file
+    return {"url": version.url, "name": file.name, "sha256": file.sha256, "size": file.size, "node": file.node}
 
 
-def row(media: StoredMedia) -> dict[str, Any]:
+def row(version: Version) -> dict[str, Any]:
     """Return all that is told of a file."""
-    return created(media) | {
-        "id": media.pk,
-        "original": media.original,
-        "content_type": media.content_type,
-        "width": media.width,
-        "height": media.height,
-        "thumbnail": media.thumbnail_url,
-        "private": media.private,
-        "picture": media.picture_id,
-        "version": media.version,
-        "created": media.created.isoformat(),
+    file = version.file
+    return created(version) | {
+        "id": file.pk,
+        "original": file.original,
+        "content_type": file.content_type,
+        "width": version.width,
+        "height": version.height,
+        "thumbnail": version.thumbnail_url,
+        "private": version.private,
+        "picture": version.picture_id,
+        "version": file.version,
+        "created": file.created.isoformat(),
     }
 
 
-def _created(media: StoredMedia) -> HttpResponse:
-    response = JsonResponse(created(media), status=201)
-    response["Location"] = _ROOT + quote(media.name)
+def _created(version: Version) -> HttpResponse:
+    response = JsonResponse(created(version), status=201)
+    response["Location"] = _ROOT + quote(version.file.name)
     return response
 
 
@@ -132,12 +129,12 @@ def collection(request: HttpRequest, user: Any) -> HttpResponse:
             return _created(services.save_upload(user, content, original, private=private, key=key))
     limit = _number(request, "limit", 50, 200) or 50
     before = _number(request, "before", None, 10**18)
-    rows = StoredMedia.objects.filter(owner=user, deleted__isnull=True).order_by("-id")
+    files = MediaFile.objects.filter(owner=user, state=State.STORED, gallery__isnull=False).order_by("-id")
     if before is not None:
-        rows = rows.filter(id__lt=before)
-    page = list(rows[: limit + 1])
+        files = files.filter(id__lt=before)
+    page = list(files.select_related("gallery__thumbnail")[: limit + 1])
     following = f"{_ROOT}?limit={limit}&before={page[limit - 1].pk}" if len(page) > limit else None
-    return JsonResponse({"results": [row(media) for media in page[:limit]], "next": following})
+    return JsonResponse({"results": [row(file.gallery) for file in page[:limit]], "next": following})
 
 
 @endpoint("GET", "HEAD", "PUT", "DELETE")
@@ -151,7 +148,7 @@ def item(request: HttpRequest, user: Any, name: str) -> HttpResponse:
         services.check_replaceable(user, name)
         with uploads.uploaded(request) as (content, original):
             return _created(services.save_upload(user, content, original, replaces=name, key=key))
-    media = services.find(user, name)
-    if media.deleted is not None:
+    version = services.find(user, name)
+    if version.deleted:
         raise Refused(404, "deleted", "This file was deleted.")
-    return JsonResponse(row(media))
+    return JsonResponse(row(version))

@@ -9,3 +9,7 @@ class GalleryConfig(AppConfig):
     name = "example.gallery"
     label = "gallery"
     verbose_name = "Gallery"
+
+    def ready(self) -> None:
+        """Connect the signals."""
+        from example.gallery import signals  # noqa: F401

@@ -5,14 +5,17 @@ Both are answered before any other middleware, for every host name, without sess
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 from django.conf import settings
+from django.core.files.storage import storages
 from django.db import connections
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
-from example.gallery.services import storage
 from tribrick.probes import Probe
+from tribrick.storage import VolumeStorage
 
 
 def check_database() -> str:
@@ -32,7 +35,18 @@ def check_database() -> str:
     return "answers and takes writes"
 
 
-MOUNT = Probe("mount", lambda: storage().verify(), settings.PROBE_DEADLINE)
+def check_mount() -> str:
+    """Look whether the volume, or the local directory of a storage with media hosts, takes files."""
+    storage: Any = storages["default"]
+    said: str = storage.verify()
+    if type(storage) is VolumeStorage:
+        return said
+    if not os.access(storage.location, os.W_OK | os.X_OK):
+        raise RuntimeError(f"{storage.location} cannot be written to")
+    return f"{storage.location} takes files"
+
+
+MOUNT = Probe("mount", check_mount, settings.PROBE_DEADLINE)
 DATABASE = Probe("database", check_database, settings.PROBE_DEADLINE)
 
 
@@ -41,8 +55,14 @@ def healthz() -> HttpResponse:
     return JsonResponse({"status": "alive", "node": settings.TRIBRICK_NODE})
 
 
-def readyz(probes: tuple[Probe, ...] = (MOUNT, DATABASE)) -> HttpResponse:
+def needed() -> tuple[Probe, ...]:
+    """Return the probes that fit the storage: one that keeps nothing here has no mount."""
+    return (MOUNT, DATABASE) if isinstance(storages["default"], VolumeStorage) else (DATABASE,)
+
+
+def readyz(probes: tuple[Probe, ...] | None = None) -> HttpResponse:
     """Readiness: 200, or 503 with what failed. Takes no longer than the probes' deadline."""
+    probes = probes or needed()
     for probe in probes:
         probe.start()
     results = [probe.ask() for probe in probes]

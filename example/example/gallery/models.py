@@ -1,4 +1,4 @@
-"""Pictures, the stored files that are their versions, tokens, and keys of repeated requests."""
+"""Pictures, their versions, tokens, and keys of repeated requests. The files are the catalog's."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import hashlib
 import secrets
 
 from django.conf import settings
-from django.core.files.storage import default_storage
 from django.db import models
 from django.db.models import Q
 from django.urls import reverse
 
+from tribrick.models import MediaFile, State
+
 
 class Picture(models.Model):
-    """A logical file: what a visitor sees. Its bytes are those of the current version."""
+    """What a visitor sees: a logical file. Its bytes are those of the current version.
+
+    Which version that is, the catalog decides; :mod:`example.gallery.signals` follows it.
+    """
 
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="pictures")
     private = models.BooleanField(default=False)
     created = models.DateTimeField(auto_now_add=True)
-    current = models.OneToOneField("StoredMedia", models.SET_NULL, null=True, blank=True, related_name="+")
+    current = models.OneToOneField("Version", models.SET_NULL, null=True, blank=True, related_name="+")
 
     class Meta:
         indexes = [
@@ -43,68 +47,51 @@ class Picture(models.Model):
         return reverse("picture", args=[self.pk])
 
 
-class StoredMedia(models.Model):
-    """One stored file: a version of a picture. Bytes never change under a name.
+class Version(models.Model):
+    """What the gallery knows of one stored file; the catalog's row knows the rest.
 
-    ``deleted`` makes the row a tombstone: it stays, so that the name is never alive again.
+    The thumbnail is a stored file as any other: so it is on every node with every storage, private
+    where its picture is, and cached for ever, since its name is never used again.
     """
 
+    file = models.OneToOneField(MediaFile, models.CASCADE, primary_key=True, related_name="gallery")
     picture = models.ForeignKey(Picture, models.CASCADE, related_name="versions")
-    version = models.PositiveIntegerField()
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="+")
-    name = models.CharField(max_length=255, unique=True)
-    original = models.CharField(max_length=1024)
-    sha256 = models.CharField(max_length=64)
-    size = models.BigIntegerField()
-    content_type = models.CharField(max_length=100)
+    thumbnail = models.ForeignKey(MediaFile, models.SET_NULL, null=True, blank=True, related_name="+")
     width = models.PositiveIntegerField(null=True, blank=True)
     height = models.PositiveIntegerField(null=True, blank=True)
-    thumbnail = models.CharField(max_length=255, blank=True)
-    node = models.CharField(max_length=253)
-    created = models.DateTimeField(auto_now_add=True)
-    deleted = models.DateTimeField(null=True, blank=True)
-    bytes_removed = models.DateTimeField(null=True, blank=True)
-
-    class Meta:
-        verbose_name_plural = "stored media"
-        constraints = [models.UniqueConstraint(fields=["picture", "version"], name="gallery_version")]
-        indexes = [
-            models.Index(fields=["owner", "-id"], name="gallery_listing", condition=Q(deleted__isnull=True)),
-            models.Index(fields=["thumbnail"], name="gallery_thumbnail"),
-            models.Index(
-                fields=["id"],
-                name="gallery_unfinished",
-                condition=Q(deleted__isnull=False, bytes_removed__isnull=True),
-            ),
-        ]
 
     def __str__(self) -> str:
-        return self.name
+        return self.file.name
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the file is a tombstone."""
+        return self.file.state != State.STORED
 
     @property
     def private(self) -> bool:
         """Whether only the owner may see it."""
-        return self.name.startswith("private/")
+        return self.file.name.startswith("private/")
 
     @property
     def url(self) -> str:
         """Return the address of the bytes."""
-        return self._url(self.name)
+        return self._url(self.file)
 
     @property
     def thumbnail_url(self) -> str:
         """Return the address of the thumbnail, empty if there is none."""
         return self._url(self.thumbnail) if self.thumbnail else ""
 
-    def _url(self, name: str) -> str:
+    def _url(self, file: MediaFile) -> str:
         if self.private:
-            return reverse("private-file", args=[name.removeprefix("private/")])
-        return default_storage.url(name)
+            return reverse("private-file", args=[file.name.removeprefix("private/")])
+        return file.url
 
     @property
     def kind(self) -> str:
         """Return what stands on the placeholder, e.g. ``PDF``."""
-        extension = self.name.rpartition("/")[2].partition(".")[2]
+        extension = self.file.name.rpartition("/")[2].partition(".")[2]
         return extension.upper()[:5] or "FILE"
 
 
@@ -139,7 +126,7 @@ class RequestKey(models.Model):
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="+")
     key = models.CharField(max_length=255)
     fingerprint = models.CharField(max_length=64)
-    media = models.ForeignKey(StoredMedia, models.CASCADE, null=True, related_name="+")
+    version = models.ForeignKey(Version, models.CASCADE, null=True, related_name="+")
     created = models.DateTimeField(auto_now_add=True)
 
     class Meta:

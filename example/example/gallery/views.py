@@ -9,6 +9,7 @@ from urllib.parse import quote
 from django.conf import settings
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
+from django.core.files.storage import default_storage
 from django.db.models import QuerySet
 from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import get_object_or_404, redirect, render
@@ -17,8 +18,9 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
 from example.gallery import api, errors, services, uploads
-from example.gallery.models import Picture, StoredMedia
+from example.gallery.models import Picture, Version
 from example.gallery.services import Refused
+from tribrick.models import State
 
 PAGE = 24
 
@@ -30,7 +32,7 @@ def _page(request: HttpRequest, pictures: QuerySet[Picture], context: dict[str, 
         if not (before.isascii() and before.isdigit() and len(before) <= 18):
             raise Http404
         pictures = pictures.filter(id__lt=int(before))
-    chosen = list(pictures.select_related("current").order_by("-id")[: PAGE + 1])
+    chosen = list(pictures.select_related("current__file", "current__thumbnail").order_by("-id")[: PAGE + 1])
     older = chosen[PAGE - 1].pk if len(chosen) > PAGE else None
     return render(
         request,
@@ -55,7 +57,7 @@ def album(request: HttpRequest) -> HttpResponse:
 
 
 def _picture(request: HttpRequest, pk: int) -> Picture:
-    pictures = Picture.objects.select_related("current", "owner")
+    pictures = Picture.objects.select_related("current__file", "current__thumbnail", "owner")
     found = get_object_or_404(pictures, pk=pk, current__isnull=False)
     if found.private and found.owner_id != request.user.pk:
         raise Http404
@@ -68,8 +70,8 @@ def picture(request: HttpRequest, pk: int) -> HttpResponse:
     found = _picture(request, pk)
     context = {
         "picture": found,
-        "media": found.current,
-        "versions": found.versions.filter(deleted__isnull=True).order_by("-version"),
+        "shown": found.current,
+        "versions": found.versions.filter(file__state=State.STORED).select_related("file").order_by("-file__version"),
         "may_change": request.user.is_authenticated
         and (found.owner_id == request.user.pk or request.user.is_superuser),
         "key": uuid.uuid4().hex,
@@ -106,8 +108,8 @@ def _receive(request: HttpRequest) -> HttpResponse:
         replaces = None
         if request.POST.get("picture", "").isdecimal():
             current = _picture(request, int(request.POST["picture"][:18])).current
-            replaces = current.name if current else None
-        media = services.save_upload(
+            replaces = current.file.name if current else None
+        version = services.save_upload(
             request.user,
             content,
             original,
@@ -115,10 +117,10 @@ def _receive(request: HttpRequest) -> HttpResponse:
             replaces=replaces,
             key=f"form-{request.POST.get('key', '')[:64]}" if request.POST.get("key") else "",
         )
-    page = media.picture.get_absolute_url()
+    page = version.picture.get_absolute_url()
     if errors.wants_json(request):
-        return JsonResponse(api.created(media) | {"page": page}, status=201)
-    messages.success(request, f"“{media.original}” is stored.")
+        return JsonResponse(api.created(version) | {"page": page}, status=201)
+    messages.success(request, f"“{version.file.original}” is stored.")
     return redirect(page)
 
 
@@ -137,22 +139,23 @@ def private_file(request: HttpRequest, name: str) -> HttpResponse:
     """Check who asks for a private file, then let nginx send it."""
     user = api.user_of(request) or request.user
     name = f"private/{name}"
-    rows = StoredMedia.objects.filter(owner_id=user.pk, deleted__isnull=True)
-    media = rows.filter(name=name).first() if "\0" not in name and user.pk else None
-    content_type = media.content_type if media else "image/jpeg"
-    if media is None and user.pk and "\0" not in name:
-        media = rows.filter(thumbnail=name).first()
-    if media is None:
+    if not user.pk or "\0" in name:
+        raise Http404
+    versions = Version.objects.filter(file__owner=user.pk, file__state=State.STORED).select_related("file")
+    version = versions.filter(file__name=name).first()
+    content_type = version.file.content_type if version else "image/jpeg"
+    version = version or versions.filter(thumbnail__name=name).first()
+    if version is None:
         raise Http404
     response: Any
     if settings.TRIBRICK_ACCEL_PREFIX:
         response = HttpResponse()
         response["X-Accel-Redirect"] = settings.TRIBRICK_ACCEL_PREFIX + quote(name)
     else:
-        response = FileResponse(services.storage().open(name))
+        response = FileResponse(default_storage.open(name))
     response["Content-Type"] = content_type
     inline = content_type.startswith(("image/", "audio/", "video/"))
-    disposition = content_disposition_header(not inline, media.original)
+    disposition = content_disposition_header(not inline, version.file.original)
     if disposition:
         response["Content-Disposition"] = disposition
     response["Cache-Control"] = "private, max-age=3600"

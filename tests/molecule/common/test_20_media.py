@@ -44,7 +44,6 @@ def test_new_version_has_a_new_name(rig):
     assert rig.fetch("node3", answer.json()).content == content
 
 
-
 def test_status_page_and_healthz(rig):
     for node in NODES:
         assert rig.request("GET", node, "/healthz").json() == {"status": "alive", "node": node}

@@ -75,3 +75,20 @@ def test_the_hasher_can_only_read(rig):
     assert status["Uid"].split()[1] != "0"
     networks = rig.root("node1", f"cat /proc/{pid}/net/dev").splitlines()[2:]
     assert {line.split(":")[0].strip() for line in networks} <= {"lo"}
+
+
+def test_catalog_and_volume_agree(rig):
+    """Every file has its row and every row its file, thumbnails too; and the site's role sees all sessions."""
+    row = rig.upload("node1")
+    told = rig.request("GET", "node2", f"/api/media/{row['name']}", headers=rig.auth).json()
+    thumbnail = told["thumbnail"].partition("/media/")[2]
+    report = json.loads(rig.root("node3", "tribrick audit --json", timeout=300))
+    assert report["checked"] >= 2, report
+    assert not report["findings"], report
+    rig.root("node1", "tribrick sweep", timeout=120)
+    for name in (row["name"], thumbnail):
+        assert rig.root("node2", f"tribrick versions {name} --json").count(name) == 1
+    assert rig.request("DELETE", "node2", f"/api/media/{row['name']}", headers=rig.auth).status_code == 204
+    del rig.known[row["name"]]
+    for name in (row["name"], thumbnail):
+        assert rig.run_root("node1", f"test -e {rig.brick}/{name}").returncode == 1

@@ -18,8 +18,11 @@ from django.db import OperationalError, connection, connections
 from django.test import Client, override_settings
 from django.test.client import BOUNDARY, MULTIPART_CONTENT, encode_multipart
 from example.gallery import services
-from example.gallery.models import Picture, RequestKey, StoredMedia
+from example.gallery.models import Picture, RequestKey, Version
 
+from tribrick import catalog
+from tribrick.models import MediaFile
+from tribrick.storage import VolumeStorage
 from tribrick.storage import volume as module
 
 pytestmark = pytest.mark.usefixtures("static", "media", "user")
@@ -172,7 +175,7 @@ def test_missing_or_empty_file(api: Api, media: Path, files_in: FilesIn) -> None
     chunked = {"HTTP_TRANSFER_ENCODING": "chunked", "CONTENT_LENGTH": ""} | api.headers
     refused(api.client.generic("POST", ROOT, b"", MULTIPART_CONTENT, **chunked), 411, "length_required")
     assert files_in(media) == []
-    assert not StoredMedia.objects.exists()
+    assert not MediaFile.objects.exists()
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
@@ -252,9 +255,7 @@ def test_delete(api: Api, media: Path, files_in: FilesIn, png: Any, other: Any) 
     response = api.send("DELETE", location)
     assert (response.status_code, response.content) == (204, b"")
     assert files_in(media) == []
-    row = StoredMedia.objects.get()
-    assert row.deleted
-    assert row.bytes_removed
+    assert list(MediaFile.objects.values_list("state", flat=True)) == ["purged", "purged"]
     refused(api.send("GET", location), 404, "deleted")
     refused(api.send("PUT", location, png()), 409, "deleted")
     assert api.send("DELETE", location).status_code == 204
@@ -266,27 +267,20 @@ def test_bytes_stay_when_the_tombstone_is_not_committed(
 ) -> None:
     location = api.post(b"x", "a.txt")["Location"]
     with monkeypatch.context() as patch:
-        patch.setattr(Picture, "save", _raise(OperationalError("gone")))
+        patch.setattr(catalog, "_change", _raise(OperationalError("gone")))
         refused(api.send("DELETE", location), 503, "database_unavailable")
     assert len(files_in(media)) == 1
     assert api.send("GET", location).status_code == 200
 
 
-def test_bytes_go_later_when_the_volume_is_away(
-    api: Api, media: Path, files_in: FilesIn, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from django.core.management import CommandError, call_command
-
+def test_bytes_go_later_when_the_volume_is_away(api: Api, media: Path, files_in: FilesIn) -> None:
     location = api.post(b"x", "a.txt")["Location"]
     with no_sentinel(media):
         assert api.send("DELETE", location).status_code == 204
-        with pytest.raises(CommandError, match="0 removed"):
-            call_command("finish_deletes")
     refused(api.send("GET", location), 404, "deleted")
     assert len(files_in(media)) == 1
-    call_command("finish_deletes")
-    call_command("finish_deletes")
-    assert capsys.readouterr().out == "1 removed\n0 removed\n"
+    assert catalog.finish_deletes() == (1, 0)
+    assert catalog.finish_deletes() == (0, 0)
     assert files_in(media) == []
 
 
@@ -304,10 +298,57 @@ def test_versions(api: Api, media: Path, other: Any) -> None:
     refused(Api("secret-of-bob").send("PUT", first, b"x"), 403, "forbidden")
 
     assert api.send("DELETE", second).status_code == 204
-    assert Picture.objects.get().current.name == rows[0]["name"]
+    assert Picture.objects.get().current.file.name == rows[0]["name"]
     assert api.send("PUT", first, b"three").status_code == 201
-    assert Picture.objects.get().current.version == 3  # a version's number is not used twice
+    assert Picture.objects.get().current.file.version == 3  # a version's number is not used twice
     assert api.send("GET", first).status_code == 200
+
+
+def test_the_catalog_decides_what_is_shown(api: Api, media: Path, files_in: FilesIn, png: Any) -> None:
+    """What the admin and ``tribrick versions`` do is seen on the pages at once."""
+    location = api.post(png(1), "a.png")["Location"]
+    old, new = (MediaFile.objects.get(name=at.removeprefix(ROOT)) for at in (location, _replaced(api, location, png)))
+    shown = lambda: getattr(getattr(Picture.objects.get().current, "file", None), "pk", None)  # noqa: E731
+    assert shown() == new.pk
+    catalog.restore(old)
+    assert shown() == old.pk
+    catalog.delete(old)
+    assert shown() == new.pk
+    assert len(files_in(media)) == 2  # the thumbnail of the deleted version went with it
+    catalog.delete_all(Version.objects.get(pk=new.pk).file.logical)  # type: ignore[arg-type]
+    assert shown() is None
+    assert files_in(media) == []
+
+
+def _replaced(api: Api, location: str, png: Any) -> str:
+    return str(api.send("PUT", location, png(2))["Location"])
+
+
+def test_an_account_takes_its_files_along(api: Api, media: Path, files_in: FilesIn, png: Any, user: Any) -> None:
+    _replaced(api, api.post(png(1))["Location"], png)
+    api.post(b"x", "a.txt")
+    assert len(files_in(media)) == 5
+    user.delete()
+    assert files_in(media) == []
+    assert set(MediaFile.objects.values_list("state", flat=True)) == {"purged"}
+    assert not Picture.objects.exists()
+
+
+def test_expired_tombstones_take_their_versions_along(api: Api, settings_nodes: None, png: Any) -> None:
+    from datetime import timedelta
+
+    api.send("DELETE", api.post(png())["Location"])
+    catalog.confirm("node7", 10**9)
+    assert catalog.expire_tombstones(timedelta(0)) == 2
+    assert not Version.objects.exists()
+
+
+@pytest.fixture
+def settings_nodes() -> Iterator[None]:
+    from django.conf import settings
+
+    with override_settings(TRIBRICK={**settings.TRIBRICK, "NODES": ["node7"]}):
+        yield
 
 
 def together(count: int, call: Callable[[int], Any]) -> list[Any]:
@@ -335,9 +376,9 @@ def test_concurrent_replacements_are_all_kept(api: Api, media: Path) -> None:
     first = api.post(b"zero", "a.txt")["Location"]
     answers = together(6, lambda number: Api().send("PUT", first, b"body %d" % number, "a.txt"))
     assert [answer.status_code for answer in answers] == [201] * 6
-    versions = StoredMedia.objects.order_by("version")
-    assert [media.version for media in versions] == [1, 2, 3, 4, 5, 6, 7]
-    assert Picture.objects.get().current == versions.last()
+    files = MediaFile.objects.order_by("version")
+    assert [file.version for file in files] == [1, 2, 3, 4, 5, 6, 7]
+    assert Picture.objects.get().current.file == files.last() == catalog.current(files[0])
     for number, answer in enumerate(answers):
         assert (media / answer.json()["name"]).read_bytes() == b"body %d" % number
 
@@ -368,7 +409,7 @@ def test_put_honours_the_key(api: Api) -> None:
     answers = [api.send("PUT", first, b"y", "a.txt", **key) for _ in range(2)]
     assert answers[0].status_code == 201
     assert answers[0].content == answers[1].content
-    assert StoredMedia.objects.count() == 2
+    assert MediaFile.objects.count() == 2
     refused(api.send("PUT", first, b"z", "a.txt", **key), 422, "key_reused")
 
 
@@ -390,7 +431,7 @@ def test_concurrent_requests_with_one_key(media: Path, files_in: FilesIn) -> Non
     assert [answer.status_code for answer in answers] == [201] * 6
     assert len({answer.content for answer in answers}) == 1
     assert files_in(media) == [answers[0].json()["name"]]
-    assert StoredMedia.objects.count() == RequestKey.objects.count() == 1
+    assert MediaFile.objects.count() == Version.objects.count() == RequestKey.objects.count() == 1
 
 
 def test_the_key_of_a_failed_request_is_free(api: Api, media: Path) -> None:
@@ -447,7 +488,7 @@ def test_storage_away(api: Api, media: Path, files_in: FilesIn) -> None:
             assert int(response["Retry-After"]) > 0
         assert api.send("GET", location).status_code == 200  # a row needs no volume
     assert len(files_in(media)) == 1
-    assert StoredMedia.objects.count() == 1
+    assert MediaFile.objects.count() == 1
 
 
 def test_storage_full(api: Api, media: Path, files_in: FilesIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,20 +496,20 @@ def test_storage_full(api: Api, media: Path, files_in: FilesIn, monkeypatch: pyt
         patch.setattr(module.Saving, "_write", _raise(OSError(errno.ENOSPC, "No space left on device")))
         refused(api.post(b"x"), 507, "storage_full")
     assert files_in(media) == []
-    assert not StoredMedia.objects.exists()
+    assert not MediaFile.objects.exists()
 
 
 def test_a_thumbnail_that_cannot_be_stored_is_no_failure(
     api: Api, media: Path, files_in: FilesIn, png: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = services.storage().store
+    real = VolumeStorage.store
 
-    def store(content: Any, name: str, **options: Any) -> Any:
+    def store(self: VolumeStorage, content: Any, name: str, **options: Any) -> Any:
         if "-thumb" in name:
             raise OSError(errno.EIO, "I/O error")
-        return real(content, name, **options)
+        return real(self, content, name, **options)
 
-    monkeypatch.setattr(services.storage(), "store", store, raising=False)
+    monkeypatch.setattr(VolumeStorage, "store", store)
     response = api.post(png())
     assert response.status_code == 201
     assert files_in(media) == [response.json()["name"]]
@@ -508,10 +549,10 @@ def test_a_row_that_certainly_failed_leaves_no_file(
 ) -> None:
     real = services._insert
 
-    def insert(*args: Any) -> None:
+    def insert(*args: Any) -> Any:
         assert len(files_in(media)) == 2  # the file comes before the row
         end_this_connection()
-        real(*args)
+        return real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(services, "_insert", insert)
@@ -526,9 +567,10 @@ def test_an_unknown_outcome_of_commit_keeps_the_file(
 ) -> None:
     real = services._insert
 
-    def insert(*args: Any) -> None:
-        real(*args)
+    def insert(*args: Any) -> Any:
+        done = real(*args)
         end_this_connection()
+        return done
 
     with monkeypatch.context() as patch:
         patch.setattr(services, "_insert", insert)
@@ -544,7 +586,7 @@ def test_an_unknown_outcome_of_commit_keeps_the_file(
 def _then_end(save: Callable[..., None]) -> Callable[..., None]:
     def call(self: RequestKey, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
-        if self.media is not None:
+        if self.version is not None:
             end_this_connection()
 
     return call

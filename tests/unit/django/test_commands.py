@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +98,89 @@ def test_missing_settings_are_named() -> None:
     done = _run("-m", "example", "check", SECRET_KEY="", MEDIA_ROOT="")
     assert done.returncode != 0
     assert "Not set in the environment: SECRET_KEY, MEDIA_ROOT." in done.stderr
+
+
+LOOK = """
+import json
+import django
+django.setup()
+from django.conf import settings
+from django.core.files.storage import storages
+from example.gallery.health import readyz
+answer = json.loads(readyz().content)
+told = {"storage": type(storages["default"]).__name__, "tribrick": settings.TRIBRICK, "ready": answer["checks"]}
+told |= {"modes": [settings.FILE_UPLOAD_PERMISSIONS, settings.FILE_UPLOAD_DIRECTORY_PERMISSIONS]}
+print(json.dumps(told))
+"""
+KIT = {
+    "TRIBRICK_NODES": "node1,node2,node3",
+    "TRIBRICK_LEDGER": "/var/lib/tribrick/ledger.sqlite",
+    "TRIBRICK_COPIES": '[{"name": "node1", "kind": "hashes", "address": "https://node1:8443/"}]',
+    "TRIBRICK_MEDIA_HOSTS": "192.0.2.1:8080,192.0.2.2:8080,192.0.2.3:8080",
+    "TRIBRICK_WRITE_QUORUM": "2",
+    "TRIBRICK_TRANSPORT": "{}",
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "storage", "modes"),
+    [
+        ("volume", "VolumeStorage", [0o644, None]),
+        ("hybrid", "HybridStorage", [0o664, 0o2775]),
+        ("async", "AsyncStorage", [0o664, 0o2775]),
+        ("distributed", "DistributedStorage", [0o644, None]),
+    ],
+)
+def test_backends(database: None, media: Path, backend: str, storage: str, modes: list[int | None]) -> None:
+    kit = dict(KIT)
+    for unneeded in {"volume": [], "distributed": ["TRIBRICK_SENTINEL_ID", "MEDIA_ROOT"]}.get(
+        backend, ["TRIBRICK_SENTINEL_ID"]
+    ):
+        kit[unneeded] = ""
+    done = _run("-c", LOOK, TRIBRICK_BACKEND=backend, **kit)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["storage"], told["modes"]) == (storage, modes)
+    assert told["tribrick"] == {
+        "NODE": "node7",
+        "NODES": ["node1", "node2", "node3"],
+        "LEDGER": "/var/lib/tribrick/ledger.sqlite",
+        "COPIES": [{"name": "node1", "kind": "hashes", "address": "https://node1:8443/"}],
+        "MEDIA_HOSTS": ["192.0.2.1:8080", "192.0.2.2:8080", "192.0.2.3:8080"],
+        "WRITE_QUORUM": 2,
+        "TRANSPORT": {},
+        "SENTINEL_ID": "" if backend != "volume" else told["tribrick"]["SENTINEL_ID"],
+        "HASH_LEVELS": 2,
+        "HASH_WIDTH": 1,
+    }
+    assert {name: check["ok"] for name, check in told["ready"].items()} == (
+        {"database": True} if backend == "distributed" else {"mount": True, "database": True}
+    )
+
+
+def test_not_ready_where_nothing_can_be_written(database: None) -> None:
+    kit = KIT | {"TRIBRICK_BACKEND": "hybrid"}
+    for root, sentence in (("/proc/self", "/proc/self cannot be written to"), ("/nowhere", "cannot be opened")):
+        done = _run("-c", LOOK, **kit, MEDIA_ROOT=root)
+        assert done.returncode == 0, done.stderr
+        check = json.loads(done.stdout)["ready"]["mount"]
+        assert not check["ok"]
+        assert sentence in check["detail"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"TRIBRICK_BACKEND": "cloud"}, "TRIBRICK_BACKEND must be one of volume, hybrid, async, distributed"),
+        ({"TRIBRICK_BACKEND": "hybrid"}, "Not set in the environment: TRIBRICK_MEDIA_HOSTS."),
+        ({"TRIBRICK_SENTINEL_ID": ""}, "Not set in the environment: TRIBRICK_SENTINEL_ID."),
+        ({"TRIBRICK_COPIES": "{}"}, "TRIBRICK_COPIES must be a JSON array"),
+    ],
+)
+def test_bad_settings_are_said(changed: dict[str, str], sentence: str) -> None:
+    done = _run("-m", "example", "check", **changed)
+    assert done.returncode != 0
+    assert sentence in done.stderr
 
 
 def test_wsgi_module() -> None:

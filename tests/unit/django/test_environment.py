@@ -30,6 +30,34 @@ def test_flags_and_words() -> None:
         env.flag("X")
 
 
+def test_one_of_several_words() -> None:
+    env = Environment({"B": "hybrid"})
+    assert env.choice("B", {"volume": 1, "hybrid": 2}, "volume") == "hybrid"
+    assert env.choice("C", {"volume": 1, "hybrid": 2}, "volume") == "volume"
+    with pytest.raises(ImproperlyConfigured, match="B must be one of volume, async, not 'hybrid'"):
+        env.choice("B", ["volume", "async"], "volume")
+
+
+def test_structures() -> None:
+    env = Environment({"L": '[{"name": "node1"}]', "D": '{"ca": "/x"}', "X": '{"hmac_key": "secret"'})
+    assert env.structure("L", list) == [{"name": "node1"}]
+    assert env.structure("D", dict) == {"ca": "/x"}
+    assert (env.structure("N", list), env.structure("N", dict)) == ([], {})
+    with pytest.raises(ImproperlyConfigured, match="L must be a JSON object"):
+        env.structure("L", dict)
+    with pytest.raises(ImproperlyConfigured, match="X is not JSON") as caught:
+        env.structure("X", dict)
+    assert "secret" not in str(caught.value)
+
+
+def test_quorums() -> None:
+    env = Environment({"A": "all", "N": "2", "X": "most", "Z": "0"})
+    assert [env.quorum(name) for name in "ANM"] == ["all", 2, None]
+    for bad in "XZ":
+        with pytest.raises(ImproperlyConfigured, match=f'{bad} must be a number of hosts or "all"'):
+            env.quorum(bad)
+
+
 @pytest.mark.parametrize(
     ("url", "host", "port"),
     [

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
-from example.gallery import health, services
-from example.gallery.models import Picture, StoredMedia
+from example.gallery import health
+from example.gallery.models import Picture, Version
 
+from tribrick import catalog
+from tribrick.models import MediaFile
 from tribrick.probes import Probe
+from tribrick.storage import StoredFile, VolumeStorage
 
 FilesIn = Callable[[Path], list[str]]
 
@@ -65,11 +68,12 @@ def test_upload_form_without_script(site: Client, media: Path, png: Any) -> None
     picture = Picture.objects.get()
     assert (response.status_code, response["Location"]) == (302, f"/picture/{picture.pk}/")
     page = site.get(response["Location"]).content.decode()
-    stored = StoredMedia.objects.get()
+    version = Version.objects.get()
+    stored = version.file
     for text in ("عکس ۲.png", stored.name, stored.sha256, f"{stored.size} bytes", "by node7", "Versions"):
         assert text in page
     gallery = site.get("/").content.decode()
-    assert f'src="/media/{stored.thumbnail}"' in gallery
+    assert f'src="/media/{version.thumbnail}"' in gallery
     assert "Served by <strong>node7</strong>" in gallery
 
 
@@ -142,7 +146,7 @@ def test_versions_and_delete(site: Client, media: Path, files_in: FilesIn, png: 
     assert response["Location"] == "/"
     assert site.get(address).status_code == 404
     assert files_in(media) == []
-    assert StoredMedia.objects.filter(deleted__isnull=False, bytes_removed__isnull=False).count() == 2
+    assert list(MediaFile.objects.values_list("state", flat=True)) == ["purged"] * 4
     assert "Nothing here yet" in site.get("/").content.decode()
 
 
@@ -157,18 +161,18 @@ def test_another_user_may_look_but_not_touch(site: Client, other: Any, png: Any)
     pk = address.split("/")[2]
     reply = bob.post("/upload/", {"picture": pk, "file": SimpleUploadedFile("x.txt", b"x")})
     assert reply.status_code == 403
-    assert Picture.objects.get().current.version == 1
+    assert Picture.objects.get().current.file.version == 1
 
 
 def test_private_album(site: Client, visitor: Client, other: Any, png: Any) -> None:
     address = upload(site, png(), "نامه.png", fields={"private": "1"})["Location"]
-    stored = StoredMedia.objects.get()
-    assert stored.name.startswith("private/")
-    assert stored.thumbnail.startswith("private/")
+    stored, thumbnail = Version.objects.get().file.name, Version.objects.get().thumbnail.name
+    assert stored.startswith("private/")
+    assert thumbnail.startswith("private/")
     album = site.get("/album/").content.decode()
-    assert f'src="/{stored.thumbnail}"' in album
-    assert stored.thumbnail not in site.get("/").content.decode()
-    for name, kind in ((stored.name, "image/png"), (stored.thumbnail, "image/jpeg")):
+    assert f'src="/{thumbnail}"' in album
+    assert thumbnail not in site.get("/").content.decode()
+    for name, kind in ((stored, "image/png"), (thumbnail, "image/jpeg")):
         got = site.get(f"/{name}")
         assert (got.status_code, got["X-Accel-Redirect"]) == (200, f"/_protected/{name}")
         assert got["Content-Type"] == kind
@@ -180,17 +184,17 @@ def test_private_album(site: Client, visitor: Client, other: Any, png: Any) -> N
     bob = Client()
     bob.force_login(other)
     for client in (visitor, bob):
-        assert client.get(f"/{stored.name}").status_code == 404
-        assert client.get(f"/{stored.thumbnail}").status_code == 404
+        assert client.get(f"/{stored}").status_code == 404
+        assert client.get(f"/{thumbnail}").status_code == 404
         assert client.get(address).status_code == 404
-        assert "X-Accel-Redirect" not in client.get(f"/{stored.name}")
+        assert "X-Accel-Redirect" not in client.get(f"/{stored}")
     assert "نامه" not in bob.get("/album/").content.decode()
     assert site.get("/private/../photos/x").status_code == 404
 
 
 def test_files_that_a_browser_might_run_are_attachments(site: Client) -> None:
     upload(site, b"<svg onload=alert(1)>", "x.svg", fields={"private": "1"})
-    got = site.get("/" + StoredMedia.objects.get().name)
+    got = site.get("/" + Version.objects.get().file.name)
     assert got["Content-Type"] == "application/octet-stream"
     assert got["Content-Disposition"].startswith("attachment")
 
@@ -198,7 +202,7 @@ def test_files_that_a_browser_might_run_are_attachments(site: Client) -> None:
 def test_without_nginx_the_site_sends_private_files(site: Client, png: Any, settings_of: Any) -> None:
     upload(site, png(), fields={"private": "1"})
     with settings_of(TRIBRICK_ACCEL_PREFIX=""):
-        got = site.get("/" + StoredMedia.objects.get().name)
+        got = site.get("/" + Version.objects.get().file.name)
         assert b"".join(got.streaming_content) == png()  # type: ignore[attr-defined]
         got.close()
 
@@ -220,9 +224,9 @@ def test_broken_pictures_get_a_placeholder(site: Client) -> None:
 def test_pages_by_key(visitor: Client, user: Any) -> None:
     for number in range(50):
         picture = Picture.objects.create(owner=user)
-        picture.current = StoredMedia.objects.create(
-            picture=picture, version=1, owner=user, name=f"photos/{number}", original=f"n{number:02}.x", size=1
-        )
+        stored = StoredFile(f"photos/{number}", "0" * 64, 1)
+        file = catalog.record(stored, original=f"n{number:02}.x", owner=user)
+        picture.current = Version.objects.create(picture=picture, file=file)
         picture.save()
     seen: list[str] = []
     address, pages = "/", 0
@@ -385,7 +389,7 @@ def test_ready_answers_in_time_while_both_hang(monkeypatch: pytest.MonkeyPatch) 
 
 def test_hung_mount_does_not_hang_the_request(visitor: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(services.storage(), "verify", lambda: gate.wait(30), raising=False)
+    monkeypatch.setattr(VolumeStorage, "verify", lambda self: gate.wait(30))
     monkeypatch.setattr(health.MOUNT, "deadline", 0.2)
     try:
         begin = time.monotonic()
@@ -400,14 +404,13 @@ def test_hung_mount_does_not_hang_the_request(visitor: Client, monkeypatch: pyte
                 thread.join(10)
 
 
-def test_admin_shows_but_does_not_change(site: Client, user: Any, png: Any) -> None:
+def test_the_admin_shows_the_files(site: Client, user: Any, png: Any) -> None:
     upload(site, png())
     user.is_staff = user.is_superuser = True
     user.save()
-    media = StoredMedia.objects.get()
-    assert media.name in site.get("/admin/gallery/storedmedia/").content.decode()
-    assert site.get("/admin/gallery/storedmedia/add/").status_code == 403
-    assert site.get(f"/admin/gallery/storedmedia/{media.pk}/delete/").status_code == 403
+    file = Version.objects.get().file
+    assert file.name in site.get("/admin/tribrick/mediafile/").content.decode()
+    assert site.get("/admin/tribrick/mediafile/add/").status_code == 403
 
 
 def test_monitors_ask_with_head(visitor: Client) -> None:
