@@ -256,6 +256,7 @@ def test_delete(api: Api, media: Path, files_in: FilesIn, png: Any, other: Any) 
     assert (response.status_code, response.content) == (204, b"")
     assert files_in(media) == []
     assert list(MediaFile.objects.values_list("state", flat=True)) == ["purged", "purged"]
+    assert Picture.objects.get().current is None
     refused(api.send("GET", location), 404, "deleted")
     refused(api.send("PUT", location, png()), 409, "deleted")
     assert api.send("DELETE", location).status_code == 204
