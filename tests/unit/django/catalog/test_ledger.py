@@ -399,7 +399,9 @@ def picture() -> dict[str, Any]:
 
 def forget() -> None:
     with connection.cursor() as cursor:
-        cursor.execute("TRUNCATE tribrick_mediafile, tribrick_media, tribrick_change, tribrick_node RESTART IDENTITY")
+        cursor.execute(
+            "TRUNCATE tribrick_mediafile, tribrick_media, tribrick_change, tribrick_node RESTART IDENTITY CASCADE"
+        )
         cursor.execute("ALTER SEQUENCE tribrick_change_number RESTART")
 
 
