@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+
+from PIL import Image
 
 from helpers import CLIENT, NODES, picture, sha256
 
@@ -79,7 +82,9 @@ def test_the_hasher_can_only_read(rig):
 
 def test_catalog_and_volume_agree(rig):
     """Every file has its row and every row its file, thumbnails too; and the site's role sees all sessions."""
-    row = rig.upload("node1")
+    whole = io.BytesIO()
+    Image.new("RGB", (60, 40), (200, 80, 40)).save(whole, "PNG")  # one that can be decoded has a thumbnail
+    row = rig.upload("node1", whole.getvalue())
     told = rig.request("GET", "node2", f"/api/media/{row['name']}", headers=rig.auth).json()
     thumbnail = told["thumbnail"].partition("/media/")[2]
     report = json.loads(rig.root("node3", "tribrick audit --json", timeout=300))
