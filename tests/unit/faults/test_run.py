@@ -1,0 +1,156 @@
+"""./scripts/torture from its words to its exit code, on a site and mounts of this process instead of a lab."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults import nemesis, observer, torture, workload
+from faults.checker import Seen
+from faults.history import content, load
+
+
+class LocalMount:
+    """In place of a program on a node: the same directory for all nodes."""
+
+    root = ""
+
+    def __init__(self, lab: Any, node: str) -> None:
+        pass
+
+    def ask(self, question: dict[str, Any]) -> str:
+        path = Path(question["name"])
+        if question["what"] == "create":
+            seed, label, size = question["content"].split()
+            path.write_bytes(content(seed, label, int(size)))
+        else:
+            path.rename(question["target"])
+        return ""
+
+    def close(self) -> None:
+        pass
+
+
+class Fault:
+    """Does nothing but what a test wants at its injection."""
+
+    def __init__(self, lab: Any, hosts: list[str]) -> None:
+        self.lab, self.hosts = lab, hosts
+
+    def inject(self) -> None:
+        self.lab.during()
+
+    def proof(self) -> str:
+        return "it holds"
+
+    def lift(self) -> None:
+        pass
+
+    def ended(self) -> str | None:
+        return None
+
+
+@pytest.fixture
+def lab(site: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    shop, lab = site
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    lab.name, lab.state, lab.mount, lab.shop = "unit", tmp_path / "state", mount, shop
+    lab.during = lambda: None
+    lab.alone = contextlib.nullcontext
+    lab.site_variables = lambda: {"tribrick_media_root": str(mount)}
+    web = observer.look
+
+    def look(lab_: Any, kind: str, node: str, names: list[str]) -> list[Seen]:
+        if kind == "web":
+            return web(lab_, kind, node, names)
+        found = []
+        for name in names:
+            data = shop.files.get(name) if name.startswith("photos/") else None
+            path = mount / name
+            if data is None and path.is_file():
+                data = path.read_bytes()
+            hashed = "" if data is None else hashlib.sha256(data).hexdigest()
+            found.append(Seen(f"{kind} {node}", name, "absent" if data is None else "file", len(data or b""), hashed))
+        return found
+
+    LocalMount.root = str(mount)
+    monkeypatch.setattr(workload, "MountClient", LocalMount)
+    monkeypatch.setattr(observer, "look", look)
+    monkeypatch.setattr(observer, "clean", lambda lab_, under_way=0: None)
+    monkeypatch.setattr(torture, "inside", lambda lab_, node, script, **more: os.system(script) and None)  # noqa: S605
+    monkeypatch.setattr(torture, "account", lambda lab_, user: "t")
+    monkeypatch.setattr(torture, "containers", lambda lab_: {"node1": "running"})
+    monkeypatch.setattr(torture, "Lab", lambda name: lab)
+    monkeypatch.setattr(torture, "STEADY", 1.0)
+    monkeypatch.setattr(torture, "GONE_WAIT", 1.0)
+    monkeypatch.setattr(nemesis.faults, "make", lambda lab_, name, hosts: Fault(lab_, hosts))
+    return lab
+
+
+WORDS = [
+    "--scenario",
+    "node_loss",
+    "--seed",
+    "7",
+    "--minutes",
+    "0.05",
+    "--clients",
+    "3",
+    "--hold",
+    "0.5",
+    "--pause",
+    "0.2",
+]
+
+
+def test_a_run_without_a_violation(lab: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert torture.main(WORDS) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "operations acknowledged; files: 0 corrupt, 0 torn, 0 lost, 0 resurrected," in last
+    place = lab.state / "torture" / "node_loss-7"
+    facts = json.loads((place / "report.json").read_text(encoding="utf-8"))
+    assert facts["numbers"]["acknowledged"] == int(last.split()[0]) > 50
+    assert facts["numbers"]["acknowledged_under_fault"] > 0
+    assert {fault["fault"] for fault in facts["faults"]} <= set(nemesis.SCENARIOS["node_loss"]) and facts["faults"]
+    assert facts["counts"]["stable"] > 20 and facts["numbers"]["operations"]["rename"] > 0
+    assert (place / "timeline.png").stat().st_size > 1000 and len(load(place / "history.jsonl")) > 100
+    assert not any(lab.mount.iterdir()), "its directory on the mount is removed"
+
+
+def test_without_faults(lab: Any) -> None:
+    assert torture.main(["--scenario", "none", "--minutes", "0.02", "--clients", "2"]) == 0
+
+
+def test_a_file_that_a_fault_took(lab: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def during() -> None:
+        for name in list(lab.shop.files)[:3]:
+            with lab.shop.lock:
+                lab.shop.files.pop(name, None)
+
+    lab.during = during
+    assert torture.main(WORDS) == 1
+    assert " 0 lost" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_lab_that_does_not_become_clean_is_no_verdict(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(observer, "clean", lambda lab_, under_way=0: "node2 is exited")
+    monkeypatch.setattr(torture, "CLEAN_WAIT", 0.1)
+    assert torture.main(WORDS) == 2
+    assert "Waited 0 s for the lab to be clean; at the end: node2 is exited" in capsys.readouterr().err
+
+
+def test_a_client_that_died_is_no_verdict(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LocalMount, "ask", lambda self, question: 1 // 0)
+    assert torture.main(WORDS) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
