@@ -200,7 +200,8 @@ def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
             say(f"media hosts: {figures['media_hosts']} on node2 and node3")
         say("node1: directories on the mount and tables for the catalog")
         remote = stack.enter_context(Remote(lab.ssh("node1"), PROGRAM, ["measure", *hosts], log))
-        ways = [way for way in WAYS if way in remote.answer(600)["ready"]]
+        ready = remote.answer(600)["ready"]
+        ways = [way for way in WAYS if way in ready]
         for size in options.size or SIZES:
             figures |= evaluate(size, measure_size(remote, ways, size, options.blocks, say))
         with profile.on():
