@@ -49,6 +49,7 @@ class Verdict:
     name: str
     verdict: str = "stable"
     reasons: list[str] = field(default_factory=list)
+    stale: float = 0.0  # for how long after its acknowledgement it was not found
 
     def add(self, verdict: str, reason: str) -> None:
         """Give another reason; the worst verdict stays."""
@@ -179,6 +180,7 @@ def _judge_reads(verdict: Verdict, item: Item, reads: Sequence[Operation]) -> No
         if op.end.status == 200 and op.end.seen in ("torn", "corrupt"):
             verdict.add(op.end.seen, f"read at {op.end.time:.1f} s through {op.invoke.host}")
         elif op.end.status in (404, 410) and told is not None and told <= op.invoke.time and op.end.time < asked:
+            verdict.stale = max(verdict.stale, round(op.end.time - told, 2))
             verdict.add("stale", f"not found {op.end.time - told:.1f} s after its acknowledgement, {op.invoke.host}")
 
 
@@ -354,7 +356,7 @@ def report(
         return any(w.inject <= op.invoke.time <= (w.ended if w.ended is not None else end) + AFTER for w in marks)
 
     stored = [op.invoke for op in good if op.invoke.what in ("upload", "replace")]
-    numbers = {
+    numbers: dict[str, Any] = {
         "seconds": end,
         "acknowledged": len(good),
         "acknowledged_under_fault": sum(under(op) for op in good),
@@ -371,4 +373,6 @@ def report(
     }
     until = [*(window.inject for window in marks[1:]), end]
     faults = [measure(window, ops, limit) for window, limit in zip(marks, until, strict=False)]
-    return Report(judge(seed, events, seen, listed, places), faults, numbers)
+    verdicts = judge(seed, events, seen, listed, places)
+    numbers["longest_stale"] = max((verdict.stale for verdict in verdicts), default=0.0)
+    return Report(verdicts, faults, numbers)

@@ -178,6 +178,8 @@ def summary(result: Report) -> str:
         f"{numbers['acknowledged']} acknowledged in {numbers['seconds']:.0f} s by {numbers['clients']} clients, "
         f"{share:.0%} during a fault or within 60 s after it; {numbers['failed']} refused, {numbers['unknown']} unknown"
     )
+    if numbers["longest_stale"]:
+        lines.append(f"not found although acknowledged: {numbers['longest_stale']:.1f} s after it at the latest")
     lines.append(f"sizes: {', '.join(f'{word} {share:.0%}' for word, share in numbers['sizes'].items())}")
     for verdict in [v for v in result.verdicts if v.verdict in RED][:20]:
         lines.append(f"  {verdict.verdict}: {verdict.label} {verdict.name}: {'; '.join(verdict.reasons[:3])}")

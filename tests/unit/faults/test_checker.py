@@ -205,7 +205,9 @@ def test_late_visibility_is_stale() -> None:
     world.read(name, status=404, seen="")
     world.read(name)
     verdict = world.judge()["a"]
-    assert verdict.verdict == "stale" and "not found 2.0 s after" in verdict.reasons[0]
+    assert verdict.verdict == "stale" and "not found 2.0 s after" in verdict.reasons[0] and verdict.stale == 2.0
+    numbers = report(SEED, world.events, world.seen(), world.listed(), places()).numbers
+    assert numbers["longest_stale"] == 2.0
     world.delete(name)
     world.read(name, status=404, seen="")
     assert len(world.judge()["a"].reasons) == 1, "not found after a delete is no finding"
