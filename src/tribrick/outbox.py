@@ -41,6 +41,7 @@ from django.core.files.storage import storages
 from django.db import DatabaseError, close_old_connections, connections, router, transaction
 from django.db.models import Exists, Min, OuterRef, Q
 from django.utils import timezone
+from django.utils.module_loading import import_string
 
 from tribrick.conf import setting
 from tribrick.ledger import Ledger, LedgerError
@@ -295,8 +296,13 @@ class Worker:
     @staticmethod
     def storages() -> dict[str, RemoteStorage]:
         """Return the storages with media hosts, by their key in ``STORAGES``."""
-        named = {alias: storages[alias] for alias in settings.STORAGES}
-        return {alias: storage for alias, storage in named.items() if isinstance(storage, RemoteStorage)}
+        remote: dict[str, RemoteStorage] = {}
+        for alias, options in settings.STORAGES.items():
+            # Another storage may lack what only a web process is given, such as STATIC_URL; so it is not made here.
+            backend = import_string(options["BACKEND"])
+            if isinstance(backend, type) and issubclass(backend, RemoteStorage):
+                remote[alias] = storages[alias]
+        return remote
 
     def hosts(self) -> list[str]:
         """Return all media hosts."""

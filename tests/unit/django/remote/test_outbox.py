@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.files.base import ContentFile
+from django.core.files.storage import storages
 from django.db import OperationalError, connections
+from django.test import override_settings
 from django.utils import timezone
 
 from tribrick import catalog, outbox
@@ -100,6 +104,19 @@ def test_a_late_end_of_a_worker_that_was_given_up_is_ignored(site: Any, servers:
     slow._settle(claimed[0], last_error="too late", done=None)
     assert (Outbox.objects.get().done, Outbox.objects.get().last_error) == (done, "")
     assert hosts[0].files == {name: b"x"}
+
+
+def test_another_storage_that_cannot_be_made_does_not_stop_the_worker(site: Any, servers: Hosts, waiting: Any) -> None:
+    storage = site("async", servers(1))
+    storage.save("a.txt", ContentFile(b"x"))
+    # It wants a STATIC_ROOT, which nothing but a web server needs.
+    statics = {"BACKEND": "django.contrib.staticfiles.storage.ManifestStaticFilesStorage"}
+    with override_settings(STORAGES={**settings.STORAGES, "staticfiles": statics}, STATIC_URL=None, STATIC_ROOT=None):
+        vars(storages).update(backends=settings.STORAGES, _storages={})
+        with pytest.raises(ImproperlyConfigured):
+            _ = storages["staticfiles"]
+        Worker().work()
+    assert waiting() == []
 
 
 def test_a_worker_that_slept_through_its_deadline_sends_nothing(site: Any, servers: Hosts) -> None:
