@@ -108,9 +108,10 @@ FILE_UPLOAD_HANDLERS = [
     "django.core.files.uploadhandler.TemporaryFileUploadHandler",
 ]
 if _BACKEND in {"hybrid", "async"}:
-    # The receiver of other nodes' files writes into the same tree, as another user of the same group.
+    # The receiver of other nodes' files writes into the same tree, as another user with the same group. No set-group-ID
+    # bit: both have that group as their own, and the site's unit may not set one (RestrictSUIDSGID).
     FILE_UPLOAD_PERMISSIONS = 0o664
-    FILE_UPLOAD_DIRECTORY_PERMISSIONS = 0o2775
+    FILE_UPLOAD_DIRECTORY_PERMISSIONS = 0o775
 else:
     # Others may read, which nginx needs; the volume is nobody else's.
     FILE_UPLOAD_PERMISSIONS = 0o644

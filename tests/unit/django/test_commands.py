@@ -126,8 +126,8 @@ KIT = {
     ("backend", "storage", "modes"),
     [
         ("volume", "VolumeStorage", [0o644, None]),
-        ("hybrid", "HybridStorage", [0o664, 0o2775]),
-        ("async", "AsyncStorage", [0o664, 0o2775]),
+        ("hybrid", "HybridStorage", [0o664, 0o775]),
+        ("async", "AsyncStorage", [0o664, 0o775]),
         ("distributed", "DistributedStorage", [0o644, None]),
     ],
 )
