@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import pwd
+import random
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,26 @@ from django.core.management import call_command  # noqa: E402
 from django.db import connection  # noqa: E402
 
 settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave most cases of a ``sample`` to the long set. The seed picks; what is named by its id runs."""
+    if os.environ.get("TRIBRICK_SET", "short") == "long" or any("::" in argument for argument in config.args):
+        return
+    seed = os.environ.get("TRIBRICK_SEED", "0")
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left: set[pytest.Item] = set()
+    for test, given in cases.items():
+        marker = given[0].get_closest_marker("sample")
+        assert marker is not None
+        picked = random.Random(f"{seed} {test}").sample(given, min(marker.args[0], len(given)))
+        left |= set(given) - set(picked)
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -34,6 +35,7 @@ from tribrick.storage import ReplicationError, TransportError, UnexpectedStatusC
 from tribrick.storage.transport import HostUnreachable, TransportTimeout
 
 HOSTS = ["a", "b", "c"]
+EXAMPLES = 40 if os.environ.get("TRIBRICK_SET") == "long" else 8
 FAULTS = [*["none"] * 6, "refused", "unanswered", "late", "late", "lost"]
 
 
@@ -298,7 +300,7 @@ def test_everything_converges(kind: str, database: None, tmp_path: Path, monkeyp
     run_state_machine_as_test(
         machine,
         settings=profile(
-            max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=EXAMPLES, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
     connections.close_all()

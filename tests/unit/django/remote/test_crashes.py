@@ -5,7 +5,6 @@ Afterwards the worker runs. Then every file with a row is on every host, and not
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from tribrick.testing import TestHttpServer
 
 pytestmark = pytest.mark.usefixtures("database")
 Hosts = Callable[[int], list[TestHttpServer]]
-Start = Callable[[str], "subprocess.Popen[str]"]
+Run = Callable[[str], tuple[int, str]]
 
 KILL = """
 import os
@@ -65,9 +64,9 @@ WAYS = {
 }
 
 
-def died(process: subprocess.Popen[str]) -> None:
-    _out, said = process.communicate(timeout=60)
-    assert process.returncode == 9, said
+def died(ended: tuple[int, str]) -> None:
+    code, said = ended
+    assert code == 9, said
 
 
 def settle(make_due: Any) -> None:
@@ -97,16 +96,17 @@ def save_cases() -> list[Any]:
     return cases
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(("kind", "step", "way", "after"), save_cases())
 def test_killed_in_a_save(
-    kind: str, step: str, way: str, after: bool, site: Any, servers: Hosts, process: Start, make_due: Any,
+    kind: str, step: str, way: str, after: bool, site: Any, servers: Hosts, forked: Run, make_due: Any,
     local_files: Any,
 ) -> None:  # fmt: skip
     hosts = servers(2)
     storage = site(kind, hosts, TIMEOUT=5)
     old = storage.save("old.txt", ContentFile(b"old"))
     number = 2 if (step, way) == ("commit", "add") else 1  # the first one is that of the tasks for hosts
-    died(process(f"{KILL}kill({SAVE_STEPS[step]}, {after}, {number})\n{WAYS[way]}\nos._exit(1)"))
+    died(forked(f"{KILL}kill({SAVE_STEPS[step]}, {after}, {number})\n{WAYS[way]}\nos._exit(1)"))
     rows = {row.name: b"old" if row.name == old else b"new" for row in MediaFile.objects.all()}
     assert len(rows) == (2 if step == "commit" and after else 1)
     for server in hosts:
@@ -145,18 +145,19 @@ def test_rolled_back_after_a_good_save(
 DELETE_STEPS = {
     "change": "catalog, '_change'",
     "commit": "connection, '_commit'",
-    "local bytes": "VolumeStorage, 'delete'",
+    "local bytes": "VolumeStorage, '_unlink'",
     "first host": "DefaultTransport, 'delete'",
     "all hosts": "RemoteStorage, 'execute'",
     "purge": "catalog, 'purge'",
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("step", DELETE_STEPS)
 @pytest.mark.parametrize("kind", ["hybrid", "async", "distributed"])
 def test_killed_in_a_delete(
-    kind: str, step: str, after: bool, site: Any, servers: Hosts, process: Start, make_due: Any, local_files: Any
+    kind: str, step: str, after: bool, site: Any, servers: Hosts, forked: Run, make_due: Any, local_files: Any
 ) -> None:
     if (kind, step) in {("distributed", "local bytes"), ("async", "first host"), ("async", "all hosts")}:
         return  # it has no such step
@@ -165,7 +166,7 @@ def test_killed_in_a_delete(
     name = storage.save("a.txt", ContentFile(b"x"))
     other = storage.save("b.txt", ContentFile(b"y"))
     Worker().work()
-    died(process(f"{KILL}kill({DELETE_STEPS[step]}, {after})\ndefault_storage.delete({name!r})\nos._exit(1)"))
+    died(forked(f"{KILL}kill({DELETE_STEPS[step]}, {after})\ndefault_storage.delete({name!r})\nos._exit(1)"))
     gone = step not in ("change", "commit") or (step == "commit" and after)
     assert (MediaFile.objects.get(name=name).state != "stored") == gone
     settle(make_due)
@@ -179,11 +180,12 @@ WORK_STEPS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("step", WORK_STEPS)
 @pytest.mark.parametrize("operation", ["create", "delete"])
 def test_killed_in_a_delivery(
-    operation: str, step: str, after: bool, site: Any, servers: Hosts, process: Start, make_due: Any, local_files: Any
+    operation: str, step: str, after: bool, site: Any, servers: Hosts, forked: Run, make_due: Any, local_files: Any
 ) -> None:
     hosts = servers(2)
     storage = site("async", hosts, TIMEOUT=5)
@@ -192,7 +194,7 @@ def test_killed_in_a_delivery(
         Worker().work()
         storage.delete(name)
     place = WORK_STEPS[step].format(operation=operation)
-    died(process(f"{KILL}kill({place}, {after})\nWorker().work()\nos._exit(1)"))
+    died(forked(f"{KILL}kill({place}, {after})\nWorker().work()\nos._exit(1)"))
     settle(make_due)
     agree(hosts, local_files(), "async", {name: b"x"} if operation == "create" else {})
 
@@ -205,10 +207,11 @@ ABANDON_STEPS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("step", ABANDON_STEPS)
 def test_killed_in_giving_up_a_save(
-    step: str, after: bool, site: Any, servers: Hosts, process: Start, make_due: Any, local_files: Any
+    step: str, after: bool, site: Any, servers: Hosts, forked: Run, make_due: Any, local_files: Any
 ) -> None:
     hosts = servers(2)
     storage = site("hybrid", hosts, TIMEOUT=5)
@@ -216,7 +219,7 @@ def test_killed_in_giving_up_a_save(
         storage.save("a.txt", ContentFile(b"x"))
         transaction.set_rollback(True)
     make_due()
-    died(process(f"{KILL}kill({ABANDON_STEPS[step]}, {after})\nWorker().work()\nos._exit(1)"))
+    died(forked(f"{KILL}kill({ABANDON_STEPS[step]}, {after})\nWorker().work()\nos._exit(1)"))
     settle(make_due)
     agree(hosts, local_files(), "hybrid", {})
 

@@ -55,6 +55,7 @@ def contents(hosts: list[TestHttpServer]) -> list[dict[str, bytes]]:
     return [dict(server.files) for server in hosts]
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["hybrid", "distributed"])
@@ -96,6 +97,7 @@ def test_save(
     assert waiting() == []
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_save_in_the_background(
@@ -123,6 +125,7 @@ def test_save_in_the_background(
     assert waiting() == []
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["hybrid", "async", "distributed"])
