@@ -29,7 +29,7 @@ from typing import IO, Any, Final
 
 from django.core.exceptions import ImproperlyConfigured
 
-from tribrick import far, names
+from tribrick import hasher, names
 from tribrick.conf import setting
 from tribrick.copies import CHUNK, QUARANTINE, AuditError, Copy, CopyAway, Found, PathCopy, Seen
 from tribrick.ledger import Known
@@ -53,6 +53,10 @@ def _portions(wanted: Sequence[Known]) -> Iterator[list[Known]]:
         part.append(known)
     if part:
         yield part
+
+
+def _asked(files: Sequence[Known]) -> bytes:
+    return "".join(json.dumps(known.name) + "\n" for known in files).encode()
 
 
 def _patience(files: Sequence[Known]) -> float:
@@ -215,8 +219,7 @@ class HashesCopy(_FarCopy):
                 connection.close()
 
     def _hashes(self, files: Sequence[Known]) -> Generator[Any, None, None]:
-        body = "".join(json.dumps(known.name) + "\n" for known in files).encode()
-        return _lines(self._blocks("POST", "hashes", body, _patience(files)), self.address)
+        return _lines(self._blocks("POST", "hashes", _asked(files), _patience(files)), self.address)
 
     def walk(self) -> Iterator[Found]:
         return _found(_lines(self._blocks("GET", "walk", None, _patience(())), self.address), self.address)
@@ -230,8 +233,9 @@ _ADDRESS: Final = re.compile(
 # Reads the program from its input, then leaves the rest to it. Nothing but this text meets the far shell.
 _START: Final = (
     "exec python3 -c 'import sys; "
-    'exec(compile(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())), "tribrick", "exec"), '
-    '{"__name__": "__main__"})\''
+    'far = {"__name__": "far"}; '
+    'exec(compile(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())), "hasher", "exec"), far); '
+    'far["converse"](sys.stdin, sys.stdout)\''
 )
 
 
@@ -278,11 +282,11 @@ class SshCopy(_FarCopy):
     def _command(self) -> list[str]:
         return [*self._ssh, f"-oConnectTimeout={max(1, round(CONNECT))}"]
 
-    def _ask(self, question: dict[str, Any], patience: float) -> Generator[Any, None, None]:
-        """Yield the far side's answers to one question."""
-        program = Path(far.__file__).read_bytes()
-        asked = "".join(json.dumps(one) + "\n" for one in ({"root": self._root}, question))
-        text = b"%d\n%s%s" % (len(program), program, asked.encode())
+    def _ask(self, do: str, files: Sequence[Known], patience: float, **more: Any) -> Generator[Any, None, None]:
+        """Yield the far side's answers to one question; see :func:`tribrick.hasher.converse`."""
+        program = Path(hasher.__file__).read_bytes()
+        question = json.dumps({"root": self._root, "do": do, **more}) + "\n"
+        text = b"%d\n%s%s" % (len(program), program, question.encode() + _asked(files))
         answers = _lines(_run([*self._command(), "-T", "--", self._to, _START], text, patience, self.name), self.name)
         last = None
         with contextlib.closing(answers):
@@ -294,11 +298,10 @@ class SshCopy(_FarCopy):
             raise CopyAway(errno.EPROTO, f"{self.name}: the answer broke off")
 
     def _hashes(self, files: Sequence[Known], *, durable: bool = False) -> Generator[Any, None, None]:
-        question = {"do": "hashes", "names": [known.name for known in files], "durable": durable}
-        return self._ask(question, CONNECT + _patience(files))
+        return self._ask("hashes", files, CONNECT + _patience(files), durable=durable)
 
     def walk(self) -> Iterator[Found]:
-        return _found(self._ask({"do": "walk"}, CONNECT + _patience(())), self.name)
+        return _found(self._ask("walk", (), CONNECT + _patience(())), self.name)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         with self.at_hand([Known(name, "stored", "", "", 0)]) as near:
@@ -314,10 +317,9 @@ class SshCopy(_FarCopy):
             yield from (AuditError(f"{self.name}: {self.why_not}") for _ in wanted)
             return
         for files in _portions(wanted):
-            question = {"do": "remove", "names": [known.name for known in files]}
-            answers = list(self._ask(question, CONNECT + _patience(())))
+            answers = list(self._ask("remove", files, CONNECT + _patience(())))
             for known, answer in zip(files, answers, strict=True):
-                error = answer.get("error")
+                error = answer.get("detail") or answer.get("error")
                 yield AuditError(f"{self.name}: {known.name}: {error}") if error else "removed"
 
     def put(self, known: Known, source: Copy) -> str:
@@ -331,12 +333,12 @@ class SshCopy(_FarCopy):
         if not self.writable:
             yield from (AuditError(f"{self.name}: {self.why_not}") for _ in wanted)
             return
-        list(self._ask({"do": "prepare"}, CONNECT + _patience(())))
+        list(self._ask("prepare", (), CONNECT + _patience(())))
         today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
         with _as_directory(source, wanted) as root:
             trouble = self._rsync(
                 [
-                    "--checksum", "--perms", f"--temp-dir={far.INCOMING}", "--backup",
+                    "--checksum", "--perms", f"--temp-dir={hasher.INCOMING}", "--backup",
                     f"--backup-dir={QUARANTINE}/{today}", f"{root}/", f"{self._login_host}:{self._root}/",
                 ],
                 wanted,

@@ -1,4 +1,4 @@
-"""The hasher: says what lies in a directory, by hash, and changes nothing.
+"""The hasher: says what lies in a directory, by hash, and as a service changes nothing.
 
 It lets an audit compare a brick, which only root can read, without giving away a byte of it::
 
@@ -23,6 +23,10 @@ followed. Dot names in the root (``.glusterfs``) are not there, except the stora
 files. GlusterFS's pointers to other bricks (mode ``---------T``) are not there either. 503 means that
 the root is not what it must be; ``--proof NAME`` makes that a question of whether NAME is in it, since
 the empty directory under a brick that is not mounted would have every file missing.
+
+The same over SSH: :class:`tribrick.far_copies.SshCopy` sends this file there and has :func:`converse`
+answer one question, so the far side needs Python 3.8 and nothing installed. Only that way a directory
+can be changed.
 """
 
 from __future__ import annotations
@@ -40,17 +44,21 @@ import socketserver
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 CHUNK: Final = 1024 * 1024
 MAX_QUESTION: Final = 4 * 1024 * 1024
 PARALLEL: Final = 2
 # As tribrick.storage.saving has it; not imported, because that needs Django.
 TEMPORARY: Final = re.compile(r"\.[a-z2-7]{20}\.part")
+INCOMING: Final = ".tribrick-incoming"
+"""Where files on their way lie. What is older than ``OLD`` seconds was left by a killed transfer."""
+OLD: Final = 24 * 3600
 READY: Final = "/-/ready"
 _TAIL: Final = 4096
 _IDLE: Final = 60.0
@@ -74,38 +82,35 @@ class Tree:
         if self.proof is not None and not os.path.lexists(self.root / self.proof):
             raise RootMissing(f"{self.root} has no {self.proof}, so it is not what it should be")
 
-    def hash(self, name: str) -> dict[str, Any]:
-        """Return what is known of *name* after reading it."""
+    def hash(self, name: str, *, durable: bool = False) -> dict[str, Any]:
+        """Return what is known of *name* after reading it; with *durable* it is flushed under its name."""
         try:
             with contextlib.ExitStack() as stack:
-                return {"name": name, **_read(self._open(stack, name))}
-        except (FileNotFoundError, NotADirectoryError):
-            return {"name": name, "error": "missing"}
+                directory, last = self._directory(stack, name)
+                file = _open(stack, directory, last)
+                found = _read(file)
+                if durable:
+                    os.fsync(file)
+                    os.fsync(directory)
+                return {"name": name, **found}
         except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                return {"name": name, "error": "missing"}
-            return {"name": name, "error": "unreadable", "detail": error.strerror or str(error)}
+            return {"name": name, **_wrong(error)}
 
-    def _open(self, stack: contextlib.ExitStack, name: str) -> int:
-        parts = name.split("/")
-        if not _allowed(name) or any(part in ("", ".", "..") or "\0" in part for part in parts):
+    def _directory(self, stack: contextlib.ExitStack, name: str) -> tuple[int, str]:
+        """Open the directory in which *name* lies, through no link; return it and the rest of the name."""
+        *parts, last = name.split("/")
+        if not _allowed(name) or any(part in ("", ".", "..") or "\0" in part for part in [*parts, last]):
             raise FileNotFoundError(errno.ENOENT, "no file can have this name")
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise FileNotFoundError(errno.ENOENT, "no file can have this name") from error
         at = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, at)
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_NONBLOCK if last else os.O_DIRECTORY)
-            try:
-                at = os.open(part, flags, dir_fd=at)
-            except UnicodeEncodeError as error:
-                raise FileNotFoundError(errno.ENOENT, "no file can have this name") from error
+        for part in parts:
+            at = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
             stack.callback(os.close, at)
-        status = os.fstat(at)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file")
-        if _is_pointer(status.st_mode, at):
-            raise FileNotFoundError(errno.ENOENT, "the file lies on another brick")
-        return at
+        return at, last
 
     def walk(self) -> Iterator[dict[str, Any]]:
         """Yield every file, directory by directory, each in order of names."""
@@ -133,6 +138,46 @@ class Tree:
                         changed = max(status.st_mtime, status.st_ctime)
                         yield {"name": name, "size": status.st_size, "changed": changed, "modified": status.st_mtime}
             waiting.extend(reversed(below))
+
+    # Over SSH only.
+
+    def prepare(self) -> None:
+        """Make the directory for files on their way, and remove what killed transfers left in it."""
+        incoming = self.root / INCOMING
+        incoming.mkdir(mode=0o700, exist_ok=True)
+        with os.scandir(incoming) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False) and time.time() - entry.stat().st_mtime > OLD:
+                    os.unlink(entry.path)
+
+    def remove(self, name: str) -> dict[str, Any]:
+        """Unlink a file; one that is gone already is no error."""
+        try:
+            with contextlib.ExitStack() as stack:
+                directory, last = self._directory(stack, name)
+                os.unlink(last, dir_fd=directory)
+        except OSError as error:
+            wrong = _wrong(error)
+            if wrong["error"] != "missing":
+                return {"name": name, **wrong}
+        return {"name": name}
+
+
+def _wrong(error: OSError) -> dict[str, str]:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)) or error.errno == errno.ENAMETOOLONG:
+        return {"error": "missing"}
+    return {"error": "unreadable", "detail": error.strerror or str(error)}
+
+
+def _open(stack: contextlib.ExitStack, directory: int, name: str) -> int:
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+    stack.callback(os.close, file)
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file")
+    if _is_pointer(status.st_mode, file):
+        raise FileNotFoundError(errno.ENOENT, "the file lies on another brick")
+    return file
 
 
 def _allowed(name: str) -> bool:
@@ -162,6 +207,38 @@ def _read(descriptor: int) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     return {"sha256": hasher.hexdigest(), "size": size, "zero_tail": bool(tail) and not any(tail)}
+
+
+# Over SSH
+
+
+def converse(lines: Iterable[str], out: IO[str]) -> None:
+    """Answer one question. Its first line is ``{"root", "do"}``, each further one a name in JSON.
+
+    The answers are those of the service, ``"end"`` is the last one. ``do`` is ``walk``, ``hashes``,
+    perhaps with ``"durable": true``, ``prepare`` or ``remove``.
+    """
+    given = (json.loads(line) for line in lines)
+    question = next(given)
+    tree = Tree(question["root"])
+    try:
+        tree.check()
+    except RootMissing as error:
+        raise SystemExit(str(error)) from None
+    answers: Iterable[dict[str, Any]] = ()
+    if question["do"] == "walk":
+        answers = tree.walk()
+    elif question["do"] == "hashes":
+        answers = (tree.hash(name, durable=question["durable"]) for name in given)
+    elif question["do"] == "remove":
+        answers = map(tree.remove, given)
+    else:
+        tree.prepare()
+    for answer in answers:
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+    out.write('"end"\n')
+    out.flush()
 
 
 # The server

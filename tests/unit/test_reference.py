@@ -11,7 +11,6 @@ INSIDE = {
     "tribrick",
     "tribrick.admin",
     "tribrick.apps",
-    "tribrick.far",
     "tribrick.storage.asynchronous",
     "tribrick.storage.derived",
     "tribrick.storage.distributed",

@@ -66,13 +66,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seed = os.environ.get("TRIBRICK_SEED", "0")
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sample"):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if marker := item.get_closest_marker("sample"):
+            group = marker.args[1] if marker.args[1:] else item.nodeid.partition("[")[0]
+            cases.setdefault(group, []).append(item)
     left: set[pytest.Item] = set()
-    for test, given in cases.items():
+    for group, given in cases.items():
         marker = given[0].get_closest_marker("sample")
         assert marker is not None
-        picked = random.Random(f"{seed} {test}").sample(given, min(marker.args[0], len(given)))
+        picked = random.Random(f"{seed} {group}").sample(given, min(marker.args[0], len(given)))
         left |= set(given) - set(picked)
     if left:
         config.hook.pytest_deselected(items=[item for item in items if item in left])

@@ -9,14 +9,12 @@ import json
 import os
 import shutil
 import socket
-import socketserver
-import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,12 @@ from django.core.files.base import ContentFile
 from django.core.management import CommandError, call_command
 from django.test import override_settings
 
-from tribrick import audit, catalog, far, far_copies
+from tribrick import audit, catalog, far_copies, hasher
 from tribrick.copies import CopyAway, copies
 from tribrick.ledger import Known
 from tribrick.models import MediaFile
 from tribrick.storage import StoredFile
+from tribrick.testing import wait_for
 
 HOSTILE = [
     "-rf",
@@ -139,64 +138,62 @@ def make_every_difference(there: Path) -> tuple[list[MediaFile], set[tuple[str, 
     return [fine, missing, torn, zeros, different, dead], expected
 
 
+# Servers
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for_port(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    def answers() -> bool:
+        assert server.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_for(answers, "a server listens", 20)
+
+
 # Hashes
 
 
-class Hasher(BaseHTTPRequestHandler):
-    """What a hasher says, with faults."""
+class Faulty(hasher.Handler):
+    """The real hasher, with faults."""
 
-    protocol_version = "HTTP/1.1"
     server: Any
 
-    def log_message(self, *_args: Any) -> None:
-        pass
+    def _names(self) -> list[str] | None:
+        names = super()._names()
+        self.server.asked.append(names)
+        return names
 
-    def address_string(self) -> str:
-        return ""
-
-    def _answer(self, answers: Iterator[Any]) -> None:
+    def _may(self) -> bool:
         fault = self.server.fault
         if fault == "silent":
             self.server.stop.wait(20)
-            return
+            self.close_connection = True
+            return False
         if fault == "503":
-            self.send_error(503, "the brick is not mounted")
-            return
-        self.send_response(200)
-        if fault != "endless":
-            self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for number, answer in enumerate(answers):
+            self.server.tree.root /= "nowhere"
+        return super()._may()
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if self.server.fault != "endless" or keyword != "Transfer-Encoding":
+            super().send_header(keyword, value)
+
+    def _stream(self, objects: Any) -> None:
+        super()._stream(self._spoiled(objects))
+
+    def _spoiled(self, objects: Any) -> Iterator[Any]:
+        fault = self.server.fault
+        for number, answer in enumerate(objects):
             if fault == "breaks off" and number:
-                self.close_connection = True
-                return
+                raise ConnectionError
             if fault == "swaps":
                 answer["name"] += "x"
-            line = b"junk\n" if fault == "junk" else json.dumps(answer).encode() + b"\n"
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
-        self.wfile.write(b"0\r\n\r\n")
-
-    def do_GET(self) -> None:
-        assert self.path == f"{self.server.prefix}walk"
-        self._answer(far.walk(str(self.server.root), {}))
-
-    def do_POST(self) -> None:
-        assert self.path == f"{self.server.prefix}hashes"
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        asked = [json.loads(line) for line in body.splitlines()]
-        self.server.asked.append(asked)
-        self._answer(far.hashes(str(self.server.root), {"names": asked}))
-
-
-class UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    daemon_threads = True
-
-
-class TcpServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass
+            yield ["junk"] if fault == "junk" else answer
 
 
 def openssl(*arguments: str) -> None:
@@ -217,24 +214,43 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[tuple[Path, int]]:
+    """nginx with TLS before the socket of a hasher; the socket's path and nginx's port."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.fail("These tests need nginx: apt-get install nginx-light", pytrace=False)
+    work, port = tmp_path_factory.mktemp("front"), free_port()
+    (work / "nginx.conf").write_text(
+        f"daemon off; worker_processes 1; pid {work}/pid; error_log {work}/error.log;\n"
+        f"{'user root;' if os.geteuid() == 0 else ''} events {{}}\n"
+        f"http {{ access_log off; client_body_temp_path {work}/body; proxy_temp_path {work}/proxy;\n"
+        f"fastcgi_temp_path {work}/f; uwsgi_temp_path {work}/u; scgi_temp_path {work}/s;\n"
+        f"server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {certificates}/server.pem;\n"
+        f"ssl_certificate_key {certificates}/server.key; ssl_client_certificate {certificates}/ca.pem;\n"
+        "ssl_verify_client on; client_max_body_size 4m;\n"
+        f"location /in/here/ {{ proxy_pass http://unix:{work}/s.sock:/; proxy_http_version 1.1;\n"
+        "proxy_buffering off; } } }\n"
+    )
+    server = subprocess.Popen([program, "-e", f"{work}/error.log", "-p", str(work), "-c", f"{work}/nginx.conf"])
+    wait_for_port(port, server, work / "error.log")
+    yield work / "s.sock", port
+    server.terminate()
+    server.wait(10)
+
+
 @pytest.fixture(params=["unix", "https"])
-def hasher(
+def brick(
     request: pytest.FixtureRequest, elsewhere: Path, tmp_path: Path, use: Callable[..., None], certificates: Path
 ) -> Iterator[Any]:
     """A hasher beside ``elsewhere``, which is the copy ``brick``."""
-    server: Any
-    if request.param == "unix":
-        server = UnixServer(str(tmp_path / "s"), Hasher)
-        server.prefix, address = "/", f"unix:{tmp_path}/s"
-    else:
-        server = TcpServer(("127.0.0.1", 0), Hasher)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
-        context.load_verify_locations(certificates / "ca.pem")
-        context.verify_mode = ssl.CERT_REQUIRED
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        server.prefix, address = "/in/here/", f"https://localhost:{server.server_address[1]}/in/here/"
-    server.root, server.fault, server.asked, server.stop = elsewhere, "", [], threading.Event()
+    path, address = tmp_path / "s", f"unix:{tmp_path}/s"
+    if request.param == "https":
+        path, port = request.getfixturevalue("front")
+        address = f"https://localhost:{port}/in/here/"
+    server: Any = hasher.Server(hasher.Tree(elsewhere), hasher.listen(str(path), None))
+    server.RequestHandlerClass = Faulty
+    server.fault, server.asked, server.stop = "", [], threading.Event()
     transport = {name: str(certificates / f"{file}") for name, file in
                  {"ca": "ca.pem", "certificate": "client.pem", "key": "client.key"}.items()}  # fmt: skip
     use({"name": "brick", "kind": "hashes", "address": address}, TRANSPORT=transport)
@@ -244,18 +260,34 @@ def hasher(
     server.stop.set()
     server.shutdown()
     server.server_close()
+    path.unlink()
     thread.join(10)
 
 
-def test_a_brick_is_compared_by_hash(hasher: Any, elsewhere: Path) -> None:
+def test_the_program_itself(elsewhere: Path, tmp_path: Path, use: Callable[..., None]) -> None:
+    rows, expected = make_every_difference(elsewhere)
+    sources = Path(hasher.__file__).parents[1]
+    command = [sys.executable, "-m", "tribrick.hasher", "--root", str(elsewhere), "--socket", str(tmp_path / "s")]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(sources)}) as process:
+        try:
+            wait_for((tmp_path / "s").exists, "the hasher listens", 20)
+            use({"name": "brick", "kind": "hashes", "address": f"unix:{tmp_path}/s"})
+            assert findings(tribrick("audit")[1]) == {("brick", kind, name) for kind, name in expected}
+        finally:
+            process.terminate()
+    code, said = tribrick("audit")
+    assert code == 2 and list(said["away"]) == ["brick"] and rows
+
+
+def test_a_brick_is_compared_by_hash(brick: Any, elsewhere: Path) -> None:
     rows, expected = make_every_difference(elsewhere)
     (root() / rows[0].name).unlink()
     before = tree(elsewhere)
     code, said = tribrick("audit")
     assert code == 1
-    brick = {("brick", kind, name) for kind, name in expected}
-    assert findings(said) == {*brick, ("storage", "missing", rows[0].name)}
-    assert len([asked for asked in hasher.asked if len(asked) > 1]) == 1, "names go together"
+    there = {("brick", kind, name) for kind, name in expected}
+    assert findings(said) == {*there, ("storage", "missing", rows[0].name)}
+    assert len([asked for asked in brick.asked if len(asked) > 1]) == 1, "names go together"
     code, said = tribrick("reconcile", "--apply")
     assert code == 1
     what = {(one["copy"], one["name"]): (one["ok"], one["what"]) for one in said["repairs"]}
@@ -267,7 +299,7 @@ def test_a_brick_is_compared_by_hash(hasher: Any, elsewhere: Path) -> None:
     assert tree(elsewhere) == before
 
 
-def test_hostile_names_by_hash(hasher: Any, elsewhere: Path) -> None:
+def test_hostile_names_by_hash(brick: Any, elsewhere: Path) -> None:
     rows = [add_named(name, name.encode()) for name in HOSTILE]
     copy_to(elsewhere, *rows)
     assert tribrick("audit")[0] == 0
@@ -277,11 +309,13 @@ def test_hostile_names_by_hash(hasher: Any, elsewhere: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["silent", "503", "breaks off", "swaps", "junk", "endless"])
-def test_a_hasher_in_trouble_is_away(hasher: Any, elsewhere: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hasher_in_trouble_is_away(brick: Any, elsewhere: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "endless" and settings.TRIBRICK["COPIES"][0]["address"].startswith("https"):
+        return  # nginx makes an end of it
     monkeypatch.setattr(far_copies, "SILENCE", 0.5)
     copy_to(elsewhere, add(), add())
     assert tribrick("audit")[0] == 0
-    hasher.fault = fault
+    brick.fault = fault
     started = time.monotonic()
     code, said = tribrick("audit")
     assert code == 2 and list(said["away"]) == ["brick"] and not said["findings"]
@@ -290,15 +324,15 @@ def test_a_hasher_in_trouble_is_away(hasher: Any, elsewhere: Path, fault: str, m
         assert "503" in said["away"]["brick"]
 
 
-def test_a_hasher_that_goes_away_in_the_middle(hasher: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hasher_that_goes_away_in_the_middle(brick: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "PAGE", 1)
     rows = [add() for _ in range(3)]
     copy_to(elsewhere, *rows)
     real = far_copies.HashesCopy._hashes
 
     def later(self: Any, files: Any) -> Any:
-        if len(hasher.asked) == 2:
-            hasher.fault = "503"
+        if len(brick.asked) == 2:
+            brick.fault = "503"
         return real(self, files)
 
     monkeypatch.setattr(far_copies.HashesCopy, "_hashes", later)
@@ -307,12 +341,12 @@ def test_a_hasher_that_goes_away_in_the_middle(hasher: Any, elsewhere: Path, mon
     assert said["checked"] == 3, "the other copies were compared to the end"
 
 
-def test_the_walk_of_a_hasher_breaks_off(hasher: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_walk_of_a_hasher_breaks_off(brick: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_to(elsewhere, add(), add())
     real = far_copies.HashesCopy.walk
 
     def walk(self: Any) -> Any:
-        hasher.fault = "breaks off"
+        brick.fault = "breaks off"
         return real(self)
 
     monkeypatch.setattr(far_copies.HashesCopy, "walk", walk)
@@ -320,9 +354,9 @@ def test_the_walk_of_a_hasher_breaks_off(hasher: Any, elsewhere: Path, monkeypat
     assert code == 2 and list(said["away"]) == ["brick"] and not said["findings"]
 
 
-@pytest.mark.parametrize("hasher", ["https"], indirect=True)
+@pytest.mark.parametrize("brick", ["https"], indirect=True)
 @pytest.mark.parametrize("wrong", ["client", "ca"])
-def test_certificates_are_asked_for(hasher: Any, use: Callable[..., None], certificates: Path, wrong: str) -> None:
+def test_certificates_are_asked_for(brick: Any, use: Callable[..., None], certificates: Path, wrong: str) -> None:
     given = dict(settings.TRIBRICK["TRANSPORT"])
     if wrong == "client":
         given |= {"certificate": f"{certificates}/other.pem", "key": f"{certificates}/other.key"}
@@ -331,7 +365,7 @@ def test_certificates_are_asked_for(hasher: Any, use: Callable[..., None], certi
     use(*settings.TRIBRICK["COPIES"], TRANSPORT=given)
     add()
     code, said = tribrick("audit")
-    assert code == 2 and list(said["away"]) == ["brick"] and not hasher.asked
+    assert code == 2 and list(said["away"]) == ["brick"] and not brick.asked
 
 
 def test_nobody_listens(tmp_path: Path, use: Callable[..., None]) -> None:
@@ -365,11 +399,7 @@ def test_wrong_settings_are_refused(entry: dict[str, Any], use: Callable[..., No
 
 # SSH
 
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+SOME = pytest.mark.sample(5, "ssh")
 
 
 @pytest.fixture(scope="session")
@@ -395,12 +425,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     with (path / "log").open("wb") as log:
         server = subprocess.Popen([program, "-D", "-e", "-f", path / "config"], stderr=log, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert server.poll() is None and time.monotonic() < deadline, (path / "log").read_text()
-            time.sleep(0.02)
+        wait_for_port(port, server, path / "log")
         yield {
             "name": "far", "kind": "ssh", "address": f"{getpass.getuser()}@127.0.0.1:", "port": port,
             "identity": str(path / "user"), "known_hosts": str(path / "known_hosts"),
@@ -440,10 +465,11 @@ def test_audit_and_repair_over_ssh(ssh: Any, elsewhere: Path) -> None:
     assert after["foreign.txt"] == before["foreign.txt"], "nothing that is extra is removed"
     (day,) = (elsewhere / audit.QUARANTINE).iterdir()
     assert (day / rows[4].name).read_bytes() == b"x" * 5001, "what was replaced is kept"
-    assert list((elsewhere / far.INCOMING).iterdir()) == []
+    assert list((elsewhere / hasher.INCOMING).iterdir()) == []
     assert findings(tribrick("audit")[1]) == {("far", "extra", "foreign.txt")}
 
 
+@SOME
 def test_a_right_file_is_not_sent_again(ssh: Any, elsewhere: Path) -> None:
     row = add(b"x" * 100_000)
     copy_to(elsewhere, row)
@@ -456,6 +482,7 @@ def test_a_right_file_is_not_sent_again(ssh: Any, elsewhere: Path) -> None:
     assert (elsewhere / row.name).stat().st_ino == before.st_ino, "it was asked for, and found right"
 
 
+@SOME
 def test_the_storage_is_repaired_over_ssh(ssh: Any, elsewhere: Path) -> None:
     missing, torn, lies = add(b"1" * 5000), add(b"2" * 5000), add(b"3" * 5000)
     copy_to(elsewhere, missing, torn, lies)
@@ -475,6 +502,7 @@ def test_the_storage_is_repaired_over_ssh(ssh: Any, elsewhere: Path) -> None:
     assert not list(root().rglob(".*.part"))
 
 
+@SOME
 def test_from_one_host_to_another(ssh: Any, elsewhere: Path, tmp_path: Path, use: Callable[..., None]) -> None:
     (tmp_path / "third").mkdir()
     third = {**ssh, "name": "third", "address": ssh["address"].replace("elsewhere", "third")}
@@ -487,6 +515,7 @@ def test_from_one_host_to_another(ssh: Any, elsewhere: Path, tmp_path: Path, use
     assert (tmp_path / "third" / row.name).read_bytes() == b"1" * 5000
 
 
+@SOME
 def test_hostile_names_over_ssh(ssh: Any, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -513,6 +542,7 @@ def test_hostile_names_over_ssh(ssh: Any, elsewhere: Path, tmp_path: Path, monke
     assert not Path("~/HACKED").expanduser().exists()
 
 
+@SOME
 @pytest.mark.parametrize("why", ["refused", "host key", "user key", "no directory", "hangs", "no python"])
 def test_a_host_that_is_away(
     why: str, sshd: Any, elsewhere: Path, tmp_path: Path, use: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -547,6 +577,7 @@ def test_a_host_that_is_away(
     silent.close()
 
 
+@SOME
 def test_rsync_is_killed_in_the_middle(
     ssh: Any, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -578,9 +609,10 @@ def test_rsync_is_killed_in_the_middle(
     assert tribrick("audit")[0] == 0, "nothing half is left in sight"
 
 
+@SOME
 def test_left_overs_of_killed_transfers_are_removed(ssh: Any, elsewhere: Path) -> None:
-    (elsewhere / far.INCOMING).mkdir()
-    old, young = elsewhere / far.INCOMING / ".a.old", elsewhere / far.INCOMING / ".a.young"
+    (elsewhere / hasher.INCOMING).mkdir()
+    old, young = elsewhere / hasher.INCOMING / ".a.old", elsewhere / hasher.INCOMING / ".a.young"
     old.write_bytes(b"x")
     young.write_bytes(b"x")
     os.utime(old, (1, 1))
@@ -589,6 +621,7 @@ def test_left_overs_of_killed_transfers_are_removed(ssh: Any, elsewhere: Path) -
     assert not old.exists() and young.exists()
 
 
+@SOME
 def test_bytes_that_change_on_the_way_are_not_called_right(
     ssh: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,6 +637,7 @@ def test_bytes_that_change_on_the_way_are_not_called_right(
     assert code == 1 and "other bytes" in said["repairs"][0]["what"]
 
 
+@SOME
 def test_a_file_deleted_during_a_repair_over_ssh(ssh: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = add()
     real = far_copies.SshCopy._rsync
@@ -619,6 +653,7 @@ def test_a_file_deleted_during_a_repair_over_ssh(ssh: Any, elsewhere: Path, monk
     assert tree(elsewhere) == {}
 
 
+@SOME
 def test_nothing_is_written_where_nothing_may_be(ssh: Any, elsewhere: Path, use: Callable[..., None]) -> None:
     use({**ssh, "writable": False})
     row, dead = add(), add()
@@ -633,6 +668,7 @@ def test_nothing_is_written_where_nothing_may_be(ssh: Any, elsewhere: Path, use:
     assert list(tree(elsewhere)) == [dead.name]
 
 
+@SOME
 def test_a_far_side_that_breaks_off(ssh: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_to(elsewhere, add(), add())
     start = far_copies._START.replace("exec python3", "python3") + " | head -n 1"
