@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import sqlite3
 import threading
 import time
@@ -34,6 +35,8 @@ log = logging.getLogger("tribrick.ledger")
 FORMAT: Final = 1
 BATCH: Final = 1000
 INTERVAL: Final = 2.0
+SILENCE = 3.0
+"""Seconds without an answer after which the database is away."""
 _COLUMNS: Final = "number, kind, name, sha256, size, at, details"
 _SCHEMA: Final = f"""
 CREATE TABLE changes (
@@ -278,8 +281,10 @@ def _create(path: Path) -> None:
     new.unlink()
 
 
-def follow_once(path: str | os.PathLike[str], *, node: str = "") -> int:
+def follow_once(path: str | os.PathLike[str], *, node: str = "", beat: Callable[[], None] = lambda: None) -> int:
     """Copy what is new in the database; return the number of changes. With *node*, confirm it there.
+
+    *beat* is called after each batch.
 
     A damaged file is set aside as ``<name>.damaged`` and made again from the database. Raises
     ``Diverged`` when the database lacks what the ledger has, and changes nothing then.
@@ -291,17 +296,17 @@ def follow_once(path: str | os.PathLike[str], *, node: str = "") -> int:
     using = catalog.database()
     Change.objects.using(using).exists()  # is the database there? Nothing is set aside if not
     try:
-        return _copy(path, node)
+        return _copy(path, node, beat)
     except LedgerDamaged as error:
         aside = path.with_name(f"{path.name}.damaged")
         log.error("%s; kept as %s, made again from the database", error, aside)
         os.replace(path, aside)
         path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
         Node.objects.using(using).filter(name=node).update(number=0)
-        return _copy(path, node)
+        return _copy(path, node, beat)
 
 
-def _copy(path: Path, node: str) -> int:
+def _copy(path: Path, node: str, beat: Callable[[], None]) -> int:
     database = _writable(path)
     try:
         number, chain = _last(database)
@@ -324,6 +329,7 @@ def _copy(path: Path, node: str) -> int:
                 raise
             number = batch[-1].number
             copied += len(batch)
+            beat()
         os.utime(path)
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):  # locked, full, not writable: not damage
@@ -367,6 +373,50 @@ def _confirm(node: str, number: int) -> None:
         catalog.confirm(node, number)
 
 
+class _Watch:
+    """Cuts the connection of an attempt that hears nothing from the database.
+
+    A server that hangs, or a network that swallows packets, is silent for ever otherwise: no time-out
+    of the server's helps.
+    """
+
+    def __init__(self, stop: threading.Event) -> None:
+        from django.db import connections
+
+        from tribrick.catalog import database
+
+        self._connection = connections[database()]
+        if self._connection.vendor == "postgresql":
+            self._connection.settings_dict.setdefault("OPTIONS", {}).setdefault("connect_timeout", round(SILENCE))
+        self._stop, self._over = stop, threading.Event()
+        self._heard = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="tribrick-ledger-watch", daemon=True)
+
+    def beat(self) -> None:
+        """Note that the database has answered, or was not asked until now."""
+        self._heard = time.monotonic()
+
+    def __enter__(self) -> _Watch:
+        self.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.1):
+            silent = time.monotonic() - self._heard
+            if silent > SILENCE or (self._stop.is_set() and silent > 1):
+                self._cut()
+
+    def _cut(self) -> None:
+        raw = self._connection.connection
+        with contextlib.suppress(Exception), socket.socket(fileno=os.dup(raw.fileno())) as line:
+            line.shutdown(socket.SHUT_RDWR)
+
+
 def follow(
     path: str | os.PathLike[str],
     *,
@@ -375,7 +425,11 @@ def follow(
     stop: threading.Event | None = None,
     said: Callable[[str], None] = log.warning,
 ) -> None:
-    """Copy for ever, or until *stop* is set; go on after errors, saying each once."""
+    """Copy for ever, or until *stop* is set; go on after errors, saying each kind once.
+
+    An attempt that hears nothing from the database for ``SILENCE`` seconds is over, so the ledger
+    follows again that soon, and an interval, after the database does.
+    """
     from django.db import DatabaseError, InterfaceError, connections
 
     from tribrick.catalog import database
@@ -384,15 +438,16 @@ def follow(
     trouble = ""
     while not stop.is_set():
         try:
-            follow_once(path, node=node)
+            with _Watch(stop) as watch:
+                follow_once(path, node=node, beat=watch.beat)
             if trouble:
                 said("the ledger follows again")
             trouble = ""
         except (DatabaseError, InterfaceError, LedgerError, sqlite3.Error, OSError) as error:
-            text = " ".join(str(error).split())
-            if text != trouble:
-                said(f"the ledger cannot follow: {text}")
-            trouble = text
+            kind = "database" if isinstance(error, (DatabaseError, InterfaceError)) else type(error).__name__
+            if kind != trouble and not stop.is_set():
+                said(f"the ledger cannot follow: {' '.join(str(error).split())}")
+            trouble = kind
             connections[database()].close()
         stop.wait(interval)
 

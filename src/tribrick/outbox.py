@@ -24,11 +24,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import queue
 import random
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -56,6 +59,8 @@ LATE = 60.0
 KEPT = timedelta(days=7)
 ABANDONED = 3600.0
 """Seconds after which a save without a row counts as killed or rolled back, besides its deadline."""
+IDLE = 0.8
+"""Seconds after which an unused connection is closed: sooner than Django drops a test database (1 s)."""
 LOCAL: Final = "local:"
 _MANY: Final = 100
 _LATER: Final = 60.0
@@ -148,6 +153,66 @@ def drop_intent(name: str) -> None:
         _apart(lambda: _rows().filter(name=name, operation=Operation.INTENT).delete())
 
 
+class _Apart:
+    """A thread that writes in transactions of its own; connections belong to threads.
+
+    Its one connection is kept until there was no work for ``IDLE`` seconds, or a write has failed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: queue.SimpleQueue[tuple[Callable[[], Any], Future[None]]] = queue.SimpleQueue()
+        self._runs = False
+
+    def write(self, write: Callable[[], Any]) -> None:
+        """Have it written; wait until it is, or raise what went wrong."""
+        done: Future[None] = Future()
+        with self._lock:
+            self._waiting.put((write, done))
+            if not self._runs:
+                threading.Thread(target=self._run, name="tribrick-outbox", daemon=True).start()
+                self._runs = True
+        done.result()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                write, done = self._waiting.get(timeout=IDLE)
+            except queue.Empty:
+                with self._lock:
+                    if self._waiting.empty():
+                        self._runs = False
+                        break
+                continue
+            try:
+                self._close_if_stale()
+                write()
+            except BaseException as error:  # noqa: BLE001  raised again by who waits
+                connections.close_all()
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+            del write, done
+        connections.close_all()
+
+    @staticmethod
+    def _close_if_stale() -> None:
+        connection = connections[database()]
+        if connection.connection is not None and not connection.is_usable():
+            connection.close()
+
+
+_thread = _Apart()
+
+
+def _after_fork() -> None:
+    global _thread
+    _thread = _Apart()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _apart(write: Callable[[], Any]) -> None:
     """Write in a transaction of its own.
 
@@ -156,22 +221,8 @@ def _apart(write: Callable[[], Any]) -> None:
     connection = connections[database()]
     if not connection.in_atomic_block or connection.vendor == "sqlite":
         write()
-        return
-    failed: list[Exception] = []
-
-    def work() -> None:
-        try:
-            write()
-        except Exception as error:  # noqa: BLE001  raised again by who waits
-            failed.append(error)
-        finally:
-            connections.close_all()
-
-    thread = threading.Thread(target=work, name="tribrick-outbox")  # connections belong to threads
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    else:
+        _thread.write(write)
 
 
 def hosts_of_unclean_puts(name: str) -> list[str]:

@@ -26,10 +26,10 @@ if not apps.is_installed("tribrick"):
 @pytest.fixture(autouse=True)
 def _site(database: None, media: Path) -> Iterator[None]:
     """Every test here works on the database and the volume."""
-    with override_settings(TRIBRICK={**settings.TRIBRICK, "NODE": "node7"}):
-        yield
     with connection.cursor() as cursor:  # the numbers go on after a flush; tests want them from 1
         cursor.execute("ALTER SEQUENCE tribrick_change_number RESTART")
+    with override_settings(TRIBRICK={**settings.TRIBRICK, "NODE": "node7"}):
+        yield
 
 
 @pytest.fixture

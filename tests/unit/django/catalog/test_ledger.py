@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -18,12 +20,13 @@ from typing import Any
 
 import pytest
 from django.core.files.base import ContentFile
-from django.db import connection
+from django.db import InterfaceError, OperationalError, connection, transaction
 from django.utils import timezone
 
 from tribrick import catalog, ledger
 from tribrick.ledger import Diverged, Ledger, LedgerDamaged, LedgerError
 from tribrick.models import Change, Media, MediaFile, Node
+from tribrick.testing import wait_for
 
 Away = Callable[[], AbstractContextManager[None]]
 Process = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -165,6 +168,114 @@ def test_a_reader_without_write_access(path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": source}, check=False
     )
     assert done.stdout.strip() == "stored", done.stderr
+
+
+class Following:
+    """A follower in a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.said: list[str] = []
+        self._path, self._stop = path, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            ledger.follow(self._path, interval=0.02, stop=self._stop, said=self.said.append)
+        finally:
+            connection.close()
+
+    def __enter__(self) -> Following:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop.set()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def holds(self, name: str) -> bool:
+        with contextlib.suppress(LedgerError), Ledger(self._path) as own:
+            return own.get(name) is not None
+        return False
+
+
+def test_a_silent_database_is_given_up_and_said_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "SILENCE", 0.4)
+    tried: list[float] = []
+    real = ledger.follow_once
+
+    def counted(*arguments: Any, **options: Any) -> int:
+        tried.append(time.monotonic())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(ledger, "follow_once", counted)
+    first = add()
+    with Following(path) as follower:
+        wait_for(lambda: follower.holds(first.name), "the first change", 20)
+        with transaction.atomic():
+            with connection.cursor() as cursor:
+                cursor.execute("LOCK TABLE tribrick_change IN ACCESS EXCLUSIVE MODE")
+            wait_for(lambda: bool(follower.said), "an attempt to be given up", 20)
+            before = len(tried)
+            wait_for(lambda: len(tried) >= before + 3, "more attempts", 20)
+            assert len(follower.said) == 1 and "cannot follow" in follower.said[0]
+        second = add()
+        wait_for(lambda: follower.holds(second.name), "the second change", 20)
+        wait_for(lambda: follower.said[1:] == ["the ledger follows again"], "the good news", 20)
+
+
+def test_other_words_are_no_other_state(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def away(*_arguments: Any, **_options: Any) -> int:
+        tried.append(1)
+        if len(tried) > 5:
+            raise Diverged("different")
+        raise (OperationalError if len(tried) % 2 else InterfaceError)(f"attempt {len(tried)}")
+
+    monkeypatch.setattr(ledger, "follow_once", away)
+    with Following(path) as follower:
+        wait_for(lambda: len(tried) > 8, "some attempts", 20)
+    assert follower.said == ["the ledger cannot follow: attempt 1", "the ledger cannot follow: different"]
+
+
+def test_a_change_is_there_within_five_seconds(path: Path) -> None:
+    assert ledger.INTERVAL + ledger.SILENCE <= 5
+    with Following(path) as follower:
+        row = add()
+        wait_for(lambda: follower.holds(row.name), "the change", 5)
+
+
+@pytest.mark.parametrize("why", ["nobody there", "silent", "hangs while connecting"])
+def test_sigterm_ends_it_while_the_database_is_away(path: Path, tmp_path: Path, why: str) -> None:
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(Path(ledger.__file__).parents[1]), str(here.parents[3] / "example"), str(here)])
+    code = (
+        "import django; django.setup()\nfrom django.core.management import call_command\n"
+        f"call_command('tribrick', 'ledger', 'follow', '--path', {str(path)!r}, '--interval', '0.1')"
+    )
+    given = os.environ | {"PYTHONPATH": paths, "DJANGO_SETTINGS_MODULE": "settings"}
+    if why != "silent":
+        given["DATABASE_URL"] = f"postgresql://postgres@/tribrick?host={tmp_path}"
+    with contextlib.ExitStack() as stack:
+        hangs = stack.enter_context(socket.socket(socket.AF_UNIX))
+        if why == "hangs while connecting":
+            hangs.bind(str(tmp_path / ".s.PGSQL.5432"))
+            hangs.listen()
+        if why == "silent":
+            stack.enter_context(transaction.atomic())
+            cursor = stack.enter_context(connection.cursor())
+            cursor.execute("LOCK TABLE tribrick_change IN ACCESS EXCLUSIVE MODE")
+        follower = stack.enter_context(
+            subprocess.Popen([sys.executable, "-c", code], env=given, stderr=subprocess.PIPE, text=True)
+        )
+        stack.callback(follower.kill)
+        assert follower.stderr is not None
+        assert "cannot follow" in follower.stderr.readline()
+        follower.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert follower.wait(30) == 0
+        assert time.monotonic() - started < 5
 
 
 def test_a_reader_takes_the_journal_of_a_killed_follower_away(path: Path, process: Process) -> None:

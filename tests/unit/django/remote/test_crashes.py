@@ -18,7 +18,7 @@ from tribrick import catalog, ledger, outbox
 from tribrick.models import MediaFile, Operation, Outbox
 from tribrick.outbox import Worker
 from tribrick.storage import ReplicationError
-from tribrick.testing import TestHttpServer
+from tribrick.testing import TestHttpServer, wait_for
 
 pytestmark = pytest.mark.usefixtures("database")
 Hosts = Callable[[int], list[TestHttpServer]]
@@ -349,6 +349,92 @@ def test_intents_are_no_lag_and_cannot_be_given_up_with_a_host(site: Any, server
     assert outbox.lag() == []
     assert outbox.forget_host(outbox.local_host()) == 0
     assert outbox.settle_intents() == 0 and Outbox.objects.exists(), "it is not due"
+
+
+def backends() -> set[int]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_stat_clear_snapshot()")
+        cursor.execute("SELECT pid FROM pg_stat_activity WHERE datname = current_database()")
+        return {pid for (pid,) in cursor.fetchall()}
+
+
+@pytest.fixture
+def alone() -> None:
+    """No connection is left of an earlier test."""
+    outbox._thread.write(connections.close_all)
+
+
+def intend(name: str) -> None:
+    outbox.add_intent(name, storage="default", seconds=1)
+
+
+def test_intents_inside_transactions_share_a_connection(alone: None, site: Any, servers: Hosts) -> None:
+    site("hybrid", servers(1))
+    before = backends()
+    with transaction.atomic():
+        intend("a")
+        (first,) = backends() - before
+        intend("b")
+        assert backends() - before == {first}
+        with connection.cursor() as cursor:  # a stale one is replaced
+            cursor.execute("SELECT pg_terminate_backend(%s, 10000)", [first])
+        intend("c")
+        (second,) = backends() - before
+        assert second != first
+        transaction.set_rollback(True)
+    assert Outbox.objects.count() == 3
+    wait_for(lambda: backends() <= before, "the connection to be closed for want of work")
+    with transaction.atomic():
+        intend("d")
+    with transaction.atomic(), pytest.raises(ZeroDivisionError):
+        outbox._apart(lambda: 1 // 0)
+    assert Outbox.objects.count() == 4
+
+
+def test_intents_of_many_threads(alone: None, site: Any, servers: Hosts) -> None:
+    site("hybrid", servers(1))
+    before = backends()
+    started, seen = threading.Barrier(8), []
+
+    def save(number: int) -> None:
+        try:
+            with transaction.atomic():
+                started.wait(20)
+                intend(str(number))
+                started.wait(20)
+                seen.append(backends())
+                started.wait(20)
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert Outbox.objects.count() == 8
+    assert max(len(pids - before) for pids in seen) == 9, "one for all of them, besides their own"
+
+
+def test_a_fork_has_a_connection_of_its_own(alone: None, site: Any, servers: Hosts, forked: Run) -> None:
+    site("hybrid", servers(1))
+    code = """
+import os
+from django.db import connection, transaction
+from tribrick import outbox
+def intend(name):
+    with transaction.atomic():
+        outbox.add_intent(name, storage="default", seconds=1)
+intend("parent")
+connection.close()
+pid = os.fork()
+if pid == 0:
+    intend("child")
+    os._exit(9)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    died(forked(code))
+    assert set(Outbox.objects.values_list("name", flat=True)) == {"parent", "child"}
 
 
 # The storage of a row.
