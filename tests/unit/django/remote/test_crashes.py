@@ -335,7 +335,7 @@ def test_what_the_ledger_knows_is_not_removed(
     name = storage.save("a.txt", ContentFile(b"x"))
     ledger.follow_once(tmp_path / "ledger.sqlite")
     with connection.cursor() as cursor:  # a database restored from a moment within the save
-        cursor.execute("TRUNCATE tribrick_mediafile, tribrick_media, tribrick_change")
+        cursor.execute("TRUNCATE tribrick_mediafile, tribrick_media, tribrick_change CASCADE")
     make_due()
     Worker().work()
     assert hosts[0].files == {name: b"x"} and "the ledger knows" in caplog.text
