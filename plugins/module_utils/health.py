@@ -39,7 +39,8 @@ except ImportError:  # on a node the file lies beside this one
     import gluster
 
 CONFIGURATION = "/etc/tribrick/health.json"
-MEMORY = "/var/lib/tribrick/health.json"
+# A directory of its own: /var/lib/tribrick belongs to the user of the site, and this runs as root.
+MEMORY = "/var/lib/tribrick-health/memory.json"
 PROBES = "/run/tribrick"
 
 # note: passes by itself, shown and not counted; warning: act in the next days; error: act now.

@@ -77,3 +77,31 @@ def test_roles_read_no_shared_or_foreign_variables(role):
                 code = line.split("#")[0] if file.suffix == ".yml" else "".join(re.findall(r"{[{%].*?[%}]}", line))
                 read = foreign & set(re.findall(r"(?<![\w$./-])\w+", code))
                 assert not read, f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def directories(role: str) -> list[tuple[str, tuple]]:
+    """What a role makes with the action `templates`: path and (owner, group, mode), with its own defaults filled in."""
+    known = load(ROOT / "roles" / role / "defaults/main.yml") | load(ROOT / "roles" / role / "vars/main.yml")
+
+    def filled(text: str) -> str:
+        return re.sub(r"{{ (\w+) }}", lambda match: str(known.get(match[1], match[0])), text)
+
+    found = []
+    for file in (ROOT / "roles" / role / "tasks").glob("*.yml"):
+        for task in yaml.safe_load(file.read_text(encoding="utf-8")):
+            listed = (task.get("tribrick.media.templates") or {}).get("directories", [])
+            for one in listed if isinstance(listed, list) else []:
+                # Owner and group stand as written: their names are the inventory's.
+                what = (one.get("owner", "root"), one.get("group", "root"), one.get("mode", "0755"))
+                found.append((filled(one["path"]), what))
+    return found
+
+
+def test_a_directory_of_two_roles_is_made_alike_by_both():
+    """Else each rollout changes it twice, and in between its owner cannot write."""
+    made: dict[str, dict[tuple, list[str]]] = {}
+    for role in ROLES:
+        for path, what in directories(role):
+            made.setdefault(path, {}).setdefault(what, []).append(role)
+    assert "/var/lib/tribrick" in made and len(made["/etc/tribrick"]) == 1
+    assert {path: kinds for path, kinds in made.items() if len(kinds) > 1} == {}
