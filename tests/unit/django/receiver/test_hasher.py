@@ -130,6 +130,18 @@ def everything(root: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
     return [(str(path), (at.st_mode, at.st_size, at.st_mtime_ns, at.st_ctime_ns)) for path, at in found]
 
 
+def test_only_files_of_the_root_are_removed(brick: Path, tmp_path: Path) -> None:
+    tree = Tree(brick)
+    before = everything(tmp_path)
+    inside = [".glusterfs/ab/cd/x", ".tribrick-volume", "photos//zeros", "photos/./zeros", "photos/zeros/x", "zeros"]
+    for name in ["../secret", "photos/../../secret", "out/secret", str(tmp_path / "secret"), "", "x\0y", *inside]:
+        assert tree.remove(name) == {"name": name}, "it is not there, so it is gone"
+    assert "detail" in tree.remove("photos")
+    assert everything(tmp_path) == before
+    assert tree.remove("photos/zeros") == {"name": "photos/zeros"}
+    assert not (brick / "photos/zeros").exists()
+
+
 def test_hashes(client: Client, brick: Path) -> None:
     before = everything(brick)
     names = ["photos/a/3/one.txt", "photos/zeros", "photos/nearly", "photos/nothing", "photos/few-zeros"]

@@ -419,7 +419,7 @@ def test_intents_of_many_threads(alone: None, site: Any, servers: Hosts) -> None
 def test_a_fork_has_a_connection_of_its_own(alone: None, site: Any, servers: Hosts, forked: Run) -> None:
     site("hybrid", servers(1))
     code = """
-import os
+import os, signal
 from django.db import connection, transaction
 from tribrick import outbox
 def intend(name):
@@ -429,6 +429,7 @@ intend("parent")
 connection.close()
 pid = os.fork()
 if pid == 0:
+    signal.alarm(20)
     intend("child")
     os._exit(9)
 os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
