@@ -352,7 +352,7 @@ class Worker:
             # Another storage may lack what only a web process is given, such as STATIC_URL; so it is not made here.
             backend = import_string(options["BACKEND"])
             if isinstance(backend, type) and issubclass(backend, RemoteStorage):
-                remote[alias] = storages[alias]
+                remote[alias] = cast("RemoteStorage", storages[alias])
         return remote
 
     def hosts(self) -> list[str]:
