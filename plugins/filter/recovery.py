@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ansible_collections.tribrick.media.plugins.module_utils import recovery
+from ansible_collections.tribrick.media.plugins.module_utils import contradictions, recovery
 
 
 class FilterModule:
@@ -17,5 +17,6 @@ class FilterModule:
             "brick_directories": recovery.differing_directories,
             "brick_differences": recovery.differences,
             "brick_lasting": recovery.lasting,
+            "brick_choose": contradictions.choose,
             "brick_explain": recovery.explain,
         }

@@ -293,7 +293,11 @@ def judge_certificates(
     found = []
     for path, certificates in shown.items():
         pool = "glusterfs" in os.path.basename(path)
-        mend = "playbooks/renew_certificates.yml -e confirm=yes" if pool else "renew it, then playbooks/deploy_site.yml"
+        mend = (
+            "remove it, then playbooks/deploy_volume.yml and playbooks/reboot_nodes.yml"
+            if pool
+            else "renew it, then playbooks/deploy_site.yml"
+        )
         if isinstance(certificates, str):
             text = f"the certificate {path} cannot be read: {certificates}"
             found.append(Finding(f"certificate {path}", config.node, text, "error", mend))

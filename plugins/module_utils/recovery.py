@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ansible_collections.tribrick.media.plugins.module_utils.gluster import BrickHeal, is_are
+from ansible_collections.tribrick.media.plugins.module_utils.gluster import BrickHeal, Refused, is_are
 
 Tree = Mapping[str, Mapping[str, Any]]
 
@@ -43,6 +43,24 @@ def stuck(history: Sequence[tuple[float, int]], now: float, patience: float) -> 
     lowest = min(count for _, count in history)
     since = next(at for at, count in history if count == lowest)
     return now - since >= patience
+
+
+def judge_brick_directory(entries: Sequence[str], mark: str, volume: str, path: str) -> bool:
+    """Whether the directory is to become a new brick. Refuses what may hold something of value."""
+    if mark and mark != volume:
+        raise Refused(f"{path} is a brick of another volume ({mark}, not {volume}); nothing was changed")
+    if ".glusterfs" in entries:
+        if not mark:
+            raise Refused(
+                f"{path} holds a brick's files without the volume's mark; move the directory away, so that nothing is "
+                "lost, and run again"
+            )
+        return False
+    if entries:
+        raise Refused(
+            f"{path} holds files that are no brick's ({', '.join(sorted(entries)[:3])}); move them away and run again"
+        )
+    return True
 
 
 def full_crawls(text: str) -> tuple[frozenset[tuple[str, str]], bool]:
@@ -94,3 +112,62 @@ def explain(found: Mapping[str, Mapping[str, Any]], limit: int = 20) -> list[str
     if len(found) > limit:
         lines.append(f"and {len(found) - limit} more")
     return lines
+
+
+def parse_properties(text: str) -> dict[str, str]:
+    """``NAME=VALUE`` lines, as glusterd keeps its state."""
+    pairs = (line.partition("=") for line in text.splitlines())
+    return {name.strip(): value.strip() for name, equals, value in pairs if equals}
+
+
+def agree_on_identity(
+    node: str, nodes: Sequence[str], views: Sequence[Mapping[str, Any]]
+) -> tuple[str, str, dict[str, list[str]]]:
+    """(uuid, operating version, peers by uuid) of *node*, as most nodes know it. Refuses when they do not agree."""
+    known: dict[str, list[str]] = {}
+    peers: dict[str, list[str]] = {}
+    for view in views:
+        if view["node"] == node or view["node"] not in nodes:
+            continue
+        for number, names in view["peers"].items():
+            if node in names:
+                known.setdefault(number, []).append(view["node"])
+        if view.get("uuid"):
+            peers[view["uuid"]] = [view["node"]]
+    if not known:
+        raise Refused(
+            f"no other node knows {node}, so its identity cannot be told; nothing was changed. "
+            f"Asked: {', '.join(view['node'] for view in views) or 'nobody'}"
+        )
+    if len(known) > 1:
+        said = "; ".join(f"{', '.join(by)}: {number}" for number, by in known.items())
+        raise Refused(f"the other nodes know {node} by different identities ({said}); nothing was changed")
+    number, by = next(iter(known.items()))
+    if 2 * (len(by) + 1) <= len(nodes):
+        raise Refused(f"only {', '.join(by)} of {len(nodes)} nodes can say who {node} is; bring the others back first")
+    # Peers that could not be asked are known to those that could.
+    for view in views:
+        for other, names in view["peers"].items():
+            if other != number and other not in peers:
+                peers[other] = list(names)
+    versions = sorted((view["op_version"] for view in views if view.get("op_version")), key=int)
+    if not versions:
+        raise Refused("no other node knows the pool's operating version; nothing was changed")
+    return number, versions[-1], peers
+
+
+def state_reasons(
+    own: Mapping[str, Any], identity: str, peers: Mapping[str, Any], volume: str, rejected: bool = False
+) -> list[str]:
+    """Why a node's state has to be made anew."""
+    said = []
+    if own["uuid"] != identity:
+        said.append(f"its identity is {own['uuid'] or 'lost'}, the pool knows it as {identity}")
+    missing = sorted(set(peers) - set(own["peers"]))
+    if missing:
+        said.append(f"it does not know the peers {', '.join(missing)}")
+    if volume not in own["volumes"]:
+        said.append(f"it does not know the volume {volume}")
+    if rejected:
+        said.append("the pool rejects it: its configuration of volumes differs")
+    return said

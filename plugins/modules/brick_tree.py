@@ -12,7 +12,8 @@ description:
   - Reads the brick's own files, past GlusterFS, and changes nothing. Everything but C(.glusterfs) counts.
   - Without O(directories), returns one digest for each directory, over its entries' names, kinds, modes, owners,
     GlusterFS identities (gfid), sizes and SHA-256. With O(directories), returns the entries of these directories.
-  - Times are left out, they differ between replicas.
+  - Times are left out, they differ between replicas. But RV(timeless) names entries for which GlusterFS keeps a change
+    time of zero, as a heal of 11.1 leaves some directories (seen). Their brick then refuses everybody but root.
 options:
   path: {description: The brick's directory., type: path, required: true}
   directories:
@@ -32,6 +33,7 @@ RETURN = r"""
 digests: {description: Digest of each directory., returned: without O(directories), type: dict}
 directories: {description: "As given.", returned: with O(directories), type: list, elements: str}
 entries: {description: Entry of each name., returned: with O(directories), type: dict}
+timeless: {description: Names with a change time of zero., returned: always, type: list, elements: str}
 files: {description: Files that were hashed., returned: always, type: int}
 bytes: {description: Their bytes., returned: always, type: int}
 """
@@ -66,6 +68,15 @@ def entry(path: str) -> dict:
     return found
 
 
+def timeless(path: str) -> bool:
+    """Whether GlusterFS's record of the times (a byte, 8 bytes of flags, seconds...) holds a change time of zero."""
+    try:
+        record = os.getxattr(path, "trusted.glusterfs.mdata", follow_symlinks=False)
+    except OSError:
+        return False
+    return len(record) >= 17 and not any(record[9:17])
+
+
 def read(root: str, directory: str) -> dict[str, dict]:
     """The entries of one directory, by their name below the root. A directory that is gone is empty."""
     try:
@@ -95,11 +106,13 @@ def main() -> None:
         module.fail_json(msg=f"{root} is no brick: it holds no .glusterfs")
     digests: dict[str, str] = {}
     entries: dict[str, dict] = {}
+    without: list[str] = []
     files = size = 0
     waiting = list(wanted) if wanted is not None else ["."]
     while waiting:
         directory = waiting.pop()
         found = read(root, directory)
+        without += [name for name in found if timeless(os.path.join(root, name))]
         files += sum("size" in one for one in found.values())
         size += sum(one.get("size", 0) for one in found.values())
         if wanted is not None:
@@ -110,7 +123,7 @@ def main() -> None:
         ).hexdigest()
         waiting += [name for name, one in found.items() if str(one.get("mode", "")).startswith("0o4")]
     result = {"digests": digests} if wanted is None else {"directories": wanted, "entries": entries}
-    module.exit_json(changed=False, files=files, bytes=size, **result)
+    module.exit_json(changed=False, files=files, bytes=size, timeless=sorted(without), **result)
 
 
 if __name__ == "__main__":

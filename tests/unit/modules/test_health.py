@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -139,7 +140,7 @@ def test_certificates_warn_ninety_days_ahead():
     good = {"/etc/ssl/glusterfs.pem": [("CN=node1", now + 91 * day)]}
     assert health.judge_certificates(CONFIG, good, now) == []
     soon = only(health.judge_certificates(CONFIG, {"/etc/ssl/glusterfs.pem": [("CN=node1", now + 89 * day)]}, now))
-    assert soon.severity == "warning" and "in 89 days" in soon.what and "renew_certificates" in soon.command
+    assert soon.severity == "warning" and "in 89 days" in soon.what and "deploy_volume" in soon.command
     # The first of a bundle to end counts.
     bundle = {"/etc/ssl/glusterfs.ca": [("CN=new", now + 999 * day), ("CN=old", now - day)]}
     over = only(health.judge_certificates(CONFIG, bundle, now))
@@ -407,3 +408,12 @@ def test_the_program_runs_beside_its_parser_alone(tmp_path):
         check=False,
     )
     assert done.returncode == 2 and "tribrick-health: " in done.stderr, done.stderr
+
+
+def test_every_playbook_that_is_advised_exists():
+    plugins = Path(health.__file__).parents[1]
+    named = set()
+    for file in plugins.glob("module*/*.py"):
+        named |= set(re.findall(r"playbooks/\w+\.yml", file.read_text()))
+    assert "playbooks/recover_heal.yml" in named
+    assert [name for name in sorted(named) if not (plugins.parent / name).is_file()] == []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from ansible_collections.tribrick.media.plugins.module_utils import gluster, recovery
-from ansible_collections.tribrick.media.plugins.modules import brick_tree, media_mount
+from ansible_collections.tribrick.media.plugins.module_utils import contradictions, gluster, recovery
+from ansible_collections.tribrick.media.plugins.modules import brick_quarantine, brick_tree, gluster_state, media_mount
 
 from .conftest import read
 
@@ -150,3 +150,185 @@ def test_the_connection_of_a_mount():
     assert media_mount.connections(text, "/srv/media") == ["155"]
     assert media_mount.connections(text, "/srv/media two") == ["156"]
     assert media_mount.connections("", "/srv/media") == []
+
+
+# --- an empty brick ---
+
+VOLUME = "11111111-1111-4111-8111-111111111111"
+
+
+def test_only_an_empty_directory_becomes_a_brick():
+    assert recovery.judge_brick_directory([], "", VOLUME, "/b")
+    assert recovery.judge_brick_directory([], VOLUME, VOLUME, "/b")  # emptied, the mark is still there
+    assert not recovery.judge_brick_directory([".glusterfs", "photos"], VOLUME, VOLUME, "/b")
+
+
+@pytest.mark.parametrize(
+    ("entries", "mark", "words"),
+    [
+        (["photos", ".glusterfs"], "", "without the volume's mark"),
+        (["holiday.jpg"], "", "files that are no brick's"),
+        (["holiday.jpg"], VOLUME, "files that are no brick's"),
+        ([], "22222222-2222-4222-8222-222222222222", "another volume"),
+        ([".glusterfs"], "22222222-2222-4222-8222-222222222222", "another volume"),
+    ],
+)
+def test_what_may_be_of_value_is_refused(entries, mark, words):
+    with pytest.raises(gluster.Refused, match=words):
+        recovery.judge_brick_directory(entries, mark, VOLUME, "/b")
+
+
+# --- a node's identity ---
+
+NODES = ["node1", "node2", "node3"]
+IDS = {"node1": "id1", "node2": "id2", "node3": "id3"}
+
+
+def view(name, **more):
+    peers = {IDS[other]: [other] for other in NODES if other != name}
+    return {"node": name, "uuid": IDS[name], "op_version": "110000", "peers": peers, "volumes": ["media"]} | more
+
+
+def test_the_others_tell_a_node_who_it_is():
+    wanted = ("id3", "110000", {"id1": ["node1"], "id2": ["node2"]})
+    assert recovery.agree_on_identity("node3", NODES, [view("node1"), view("node2")]) == wanted
+    # One of three cannot be asked: the other knows it, and with node3 itself that is a majority.
+    assert recovery.agree_on_identity("node3", NODES, [view("node1")]) == wanted
+
+
+def test_an_identity_that_is_not_certain_is_refused():
+    with pytest.raises(gluster.Refused, match="no other node knows node3"):
+        recovery.agree_on_identity("node3", NODES, [view("node1", peers={"id2": ["node2"]})])
+    with pytest.raises(gluster.Refused, match="Asked: nobody"):
+        recovery.agree_on_identity("node3", NODES, [])
+    other = view("node2", peers={"id1": ["node1"], "id9": ["node3"]})
+    with pytest.raises(gluster.Refused, match="different identities"):
+        recovery.agree_on_identity("node3", NODES, [view("node1"), other])
+    five = [*NODES, "node4", "node5"]
+    with pytest.raises(gluster.Refused, match="bring the others back"):
+        recovery.agree_on_identity("node3", five, [view("node1")])
+    with pytest.raises(gluster.Refused, match="operating version"):
+        recovery.agree_on_identity("node3", NODES, [view("node1", op_version=""), view("node2", op_version="")])
+
+
+def test_its_own_word_does_not_count():
+    with pytest.raises(gluster.Refused, match="no other node knows"):
+        recovery.agree_on_identity("node3", NODES, [view("node3", peers={"id3": ["node3"]})])
+
+
+def test_when_a_state_is_made_anew():
+    peers = {"id1": ["node1"], "id2": ["node2"]}
+    fine = view("node3")
+    assert recovery.state_reasons(fine, "id3", peers, "media") == []
+    lost = {"node": "node3", "uuid": "", "op_version": "", "peers": {}, "volumes": []}
+    assert len(recovery.state_reasons(lost, "id3", peers, "media")) == 3
+    assert "identity is new" in recovery.state_reasons(fine | {"uuid": "new"}, "id3", peers, "media")[0]
+    assert "rejects" in recovery.state_reasons(fine, "id3", peers, "media", rejected=True)[0]
+    assert "volume" in recovery.state_reasons(fine | {"volumes": ["other"]}, "id3", peers, "media")[0]
+
+
+def test_the_state_is_read_from_glusterds_files(tmp_path):
+    empty = {"node": "node1", "uuid": "", "op_version": "", "peers": {}, "volumes": []}
+    assert gluster_state.look("node1", str(tmp_path / "none")) == empty
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "vols" / "media").mkdir(parents=True)
+    (tmp_path / "glusterd.info").write_text("UUID=id1\noperating-version=110000\nbroken\n")
+    (tmp_path / "peers" / "id2").write_text("uuid=id2\nstate=3\nhostname1=node2\nhostname2=198.18.0.12\n")
+    (tmp_path / "peers" / "half").write_text("")
+    assert gluster_state.look("node1", str(tmp_path)) == {
+        "node": "node1",
+        "uuid": "id1",
+        "op_version": "110000",
+        "peers": {"id2": ["node2", "198.18.0.12"]},
+        "volumes": ["media"],
+    }
+
+
+# --- copies that contradict each other ---
+
+
+def copy(sha, gfid="g1"):
+    return {"size": 3, "sha256": sha, "gfid": gfid, "mode": "0o100644"}
+
+
+def test_the_catalogs_hash_wins_and_no_majority():
+    seen = {"a": {"node1": copy("bad"), "node2": copy("bad"), "node3": copy("good")}}
+    losers, unresolved = contradictions.choose(seen, {"a": "good"})
+    assert losers == {"node1": {"a": copy("bad")}, "node2": {"a": copy("bad")}} and unresolved == {}
+
+
+def test_two_identities_of_the_right_bytes():
+    seen = {"a": {"node1": copy("good", "g2"), "node2": copy("good"), "node3": copy("good")}}
+    assert contradictions.choose(seen, {"a": "good"})[0] == {"node1": {"a": copy("good", "g2")}}
+    seen = {"a": {"node1": copy("good", "g2"), "node2": copy("good"), "node3": copy("bad")}}
+    assert set(contradictions.choose(seen, {"a": "good"})[0]) == {"node2", "node3"}
+
+
+def test_a_missing_copy_needs_no_loser():
+    seen = {"a": {"node1": copy("good"), "node2": None, "node3": copy("good")}}
+    assert contradictions.choose(seen, {}) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("entries", "catalog", "why"),
+    [
+        ({"node1": copy("x"), "node2": copy("y")}, {}, "does not know it"),
+        ({"node1": copy("x"), "node2": copy("y")}, {"a": "z"}, "no copy has the catalog's hash"),
+        ({"node1": {"mode": "0o40755", "gfid": "d"}, "node2": copy("y")}, {"a": "y"}, "not a regular file"),
+        ({"node1": {"error": "Input/output error"}, "node2": copy("y")}, {"a": "y"}, "cannot be read"),
+    ],
+)
+def test_what_a_person_has_to_decide_is_left(entries, catalog, why):
+    losers, unresolved = contradictions.choose({"a": entries}, catalog)
+    assert losers == {} and why in unresolved["a"]
+
+
+GFID = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def brick(tmp_path):
+    """A brick with one file and its link by identity."""
+    root = tmp_path / "brick"
+    link = root / ".glusterfs" / "01" / "23" / "01234567-89ab-cdef-0123-456789abcdef"
+    link.parent.mkdir(parents=True)
+    (root / "photos").mkdir()
+    (root / "photos" / "a.jpg").write_bytes(b"bad")
+    os.link(root / "photos" / "a.jpg", link)
+    (tmp_path / "quarantine").mkdir()
+    return root, link, tmp_path / "quarantine"
+
+
+def test_a_wrong_copy_is_kept_and_its_link_is_gone(brick):
+    root, link, quarantine = brick
+    brick_quarantine.move(str(root), str(quarantine), "photos/a.jpg", GFID)
+    assert not (root / "photos" / "a.jpg").exists() and not link.exists()
+    assert (quarantine / f"photos%a.jpg.{GFID}").read_bytes() == b"bad"
+
+
+def test_the_link_that_a_killed_run_left_is_removed_and_no_other(brick):
+    root, link, quarantine = brick
+    (root / "photos" / "a.jpg").rename(quarantine / f"photos%a.jpg.{GFID}")
+    brick_quarantine.unlink_gfid(str(root), str(quarantine / f"photos%a.jpg.{GFID}"), GFID)
+    assert not link.exists()
+    link.write_bytes(b"made anew")  # the healed file has the same identity
+    brick_quarantine.unlink_gfid(str(root), str(quarantine / f"photos%a.jpg.{GFID}"), GFID)
+    assert link.exists()
+
+
+def test_a_change_time_of_zero(tmp_path, monkeypatch):
+    records = {
+        "zero": "01" + 16 * "0" + 64 * "0",
+        "seen": "01" + 16 * "0" + 48 * "0" + "e227f7e574687500",
+        "short": "01",
+    }
+    good = "01" + 16 * "0" + "000000006b004af6" + 80 * "0"
+
+    def getxattr(path, name, follow_symlinks=True):
+        assert name == "trusted.glusterfs.mdata"
+        if path == "none":
+            raise OSError
+        return bytes.fromhex(records.get(path, good))
+
+    monkeypatch.setattr(brick_tree.os, "getxattr", getxattr)
+    assert [name for name in ("zero", "seen", "short", "none", "good") if brick_tree.timeless(name)] == ["zero", "seen"]
