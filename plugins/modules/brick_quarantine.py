@@ -38,7 +38,7 @@ left: {description: Names that are no longer what they were., returned: always, 
 import os
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.tribrick.media.plugins.modules.brick_tree import entry
+from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry
 
 
 def sync(directory: str) -> None:

@@ -41,31 +41,9 @@ bytes: {description: Their bytes., returned: always, type: int}
 import hashlib
 import json
 import os
-import stat
 
 from ansible.module_utils.basic import AnsibleModule
-
-
-def entry(path: str) -> dict:
-    """What must be the same on each brick."""
-    try:
-        seen = os.lstat(path)
-        found = {"mode": oct(seen.st_mode), "uid": seen.st_uid, "gid": seen.st_gid}
-        try:
-            found["gfid"] = os.getxattr(path, "trusted.gfid", follow_symlinks=False).hex()
-        except OSError:
-            found["gfid"] = None
-        if stat.S_ISREG(seen.st_mode):
-            found["size"] = seen.st_size
-            with open(path, "rb") as stream:
-                found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
-        elif stat.S_ISLNK(seen.st_mode):
-            found["sha256"] = hashlib.sha256(os.readlink(path).encode()).hexdigest()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        return {"error": os.strerror(error.errno or 0)}
-    return found
+from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry
 
 
 def timeless(path: str) -> bool:
