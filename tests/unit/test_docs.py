@@ -127,7 +127,8 @@ def wrong_commands(text: str) -> list[str]:
 
 def playbooks(text: str) -> set[str]:
     """Paths of the playbooks that a text names."""
-    found = set(re.findall(r"(?<![\w/.-])((?:playbooks/)?(?:deploy|check|recover|reboot|renew|fallback|lab)_\w+\.yml)\b", text))
+    verbs = "deploy|check|recover|reboot|fallback|lab"
+    found = set(re.findall(rf"(?<![\w/.-])((?:playbooks/)?(?:{verbs})_\w+\.yml)\b", text))
     found |= set(re.findall(r"(?<![\w/.-])site\.yml\b", text))
     return {name if "/" in name or name == "site.yml" else f"playbooks/{name}" for name in found}
 
