@@ -138,3 +138,13 @@ def test_packages_that_are_missing_are_named(monkeypatch):
     packages = {"one": ("no/*", ""), "two": ("no", "sh"), "three": ("usr/b*n/env", ""), "four": ("no", "no-such")}
     monkeypatch.setattr(testing, "UNIT_PACKAGES", packages)
     assert testing.missing_packages() == ["one", "four"]
+
+
+def test_words_for_the_fault_tests():
+    words = testing.fault_files()
+    assert {"node_loss", "quorum_loss", "planted"} <= set(words)
+    parts, run, _ = testing.parse(["long", "node_loss", "partition"])
+    assert list(parts) == ["faults"] and run.only == ("node_loss", "partition") and run.set == "long"
+    assert run.env["TRIBRICK_ONLY"] == "node_loss partition"
+    parts, run, _ = testing.parse(["faults"])
+    assert list(parts) == ["faults"] and run.only == ()

@@ -26,6 +26,7 @@ from kit.run import Console, KitError, capture, stream
 ROOT = Path(__file__).resolve().parents[3]
 LOGS = ROOT / ".lab" / "test"
 BIN = Path(sys.executable).parent
+FAULTS = "faults"  # the scenario whose test files can be chosen one by one; it runs only when it is named
 LAB = "fresh"  # a lab of its own: somebody's lab `lab` is left alone
 UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0
@@ -49,6 +50,7 @@ examples:
   ./scripts/test quick           lint and unit tests
   ./scripts/test long [NAME]     the long set: every node, every order
   ./scripts/test default         one part by its name
+  ./scripts/test node_loss       one file of the fault tests
   ./scripts/test list
 
 TRIBRICK_SEED fixes what is otherwise chosen by the commit; it is printed.
@@ -87,6 +89,7 @@ class Run:
     seed: str
     keep: bool = False
     more: Mapping[str, str] = field(default_factory=dict)  # of the environment
+    only: tuple[str, ...] = ()  # test files of the scenario `faults`; none: all of them
 
     @property
     def env(self) -> dict[str, str]:
@@ -94,6 +97,7 @@ class Run:
         return {
             "TRIBRICK_SET": self.set,
             "TRIBRICK_SEED": self.seed,
+            "TRIBRICK_ONLY": " ".join(self.only),
             "PYTHONPATH": str(ROOT / "scripts" / "lib"),
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
@@ -407,6 +411,12 @@ def quick_parts() -> dict[str, Part]:
     }
 
 
+def fault_files() -> list[str]:
+    """Return the words for the scenario `faults`' test files: test_10_node_loss.py -> node_loss."""
+    files = sorted((ROOT / "tests" / "molecule" / FAULTS).glob("test_*.py"))
+    return [file.stem.split("_", 2)[2] for file in files]
+
+
 def all_parts() -> dict[str, Part]:
     """Return every part by name, in the order of a full run."""
     return {**quick_parts(), "lab": lab, **{name: scenario(name) for name in scenarios()}}
@@ -465,16 +475,21 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Part], Run, bool]:
     parser.add_argument("--keep", action="store_true", help="leave labs running, to look around after a failure")
     options = parser.parse_args(arguments)
     words = list(options.words)
-    run = Run(set="long" if words[:1] == ["long"] else "short", seed=seed_of_commit(), keep=options.keep)
-    words = words[1:] if run.set == "long" else words
+    kind = "long" if words[:1] == ["long"] else "short"
+    words = words[1:] if kind == "long" else words
+    only = tuple(word for word in words if word in fault_files())
+    words = list(dict.fromkeys(FAULTS if word in only else word for word in words))
+    run = Run(set=kind, seed=seed_of_commit(), keep=options.keep, only=only)
     if words == ["list"]:
         return parts, run, True
     if words == ["quick"]:
         return quick_parts(), run, False
     unknown = [word for word in words if word not in parts]
     if unknown:
-        parser.error(f"no part is named {', '.join(unknown)}; there are: quick, {', '.join(parts)}")
-    return ({name: parts[name] for name in words} if words else parts), run, False
+        there = ", ".join([*parts, *fault_files()])
+        parser.error(f"no part is named {', '.join(unknown)}; there are: quick, {there}")
+    words = words or [name for name in parts if name != FAULTS]
+    return {name: parts[name] for name in words}, run, False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

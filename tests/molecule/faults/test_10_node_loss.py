@@ -1,0 +1,33 @@
+"""One node of three is lost, in every way there is: the two others go on, nothing is lost, all heals by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers import NODES, wait_until
+from judged import acknowledged, faults, verdict
+
+HOLD = 8.0
+# A silent or hung node stops the others until Gluster's ping-timeout (20 s), at worst twice.
+STALL = {"kill": 20.0, "power-cut": 60.0, "pause": 60.0, "silence": 60.0}
+
+
+@pytest.mark.parametrize(("fault", "node"), faults("kill", "power-cut", "pause", "silence"))
+def test_the_others_go_on(run, fault, node):
+    others = tuple(other for other in NODES if other != node)
+    with run.nemesis.under(fault, [node]):
+        holds = run.history.now()
+        for what in ("upload", "read"):
+            wait_until(
+                f"{what}s through {' and '.join(others)} while {node} is lost",
+                lambda what=what: all(acknowledged(run, holds, what, (other,)) >= 2 for other in others),
+                STALL[fault],
+            )
+        run.nemesis.hold(HOLD)
+    back = run.history.now()
+    wait_until(f"uploads through {node} again", lambda: acknowledged(run, back, "upload", (node,)), 60)
+
+
+def test_verdict(run):
+    assert set(run.nemesis.done) == {"kill", "power-cut", "pause", "silence"}
+    verdict(run)

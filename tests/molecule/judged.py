@@ -1,0 +1,44 @@
+"""What the tests of the scenario `faults` share: which nodes and faults, what was acknowledged, the verdict."""
+
+from __future__ import annotations
+
+import os
+
+from faults.checker import RED, Report
+from faults.torture import Run, summary
+from helpers import LONG, NODES, chance
+
+ONLY = os.environ.get("TRIBRICK_ONLY", "").split()
+CLIENTS = 8
+LARGEST = 8 * 1024 * 1024 if LONG else 1024 * 1024 + 1
+
+
+def nodes(purpose: str) -> tuple[str, ...]:
+    """Return every node in the long set, else one that the commit chooses."""
+    return tuple(NODES) if LONG else (chance(purpose).choice(NODES),)
+
+
+def faults(*names: str) -> list[tuple[str, str]]:
+    """Return fault and node for parametrize."""
+    return [(name, node) for name in names for node in nodes(name)]
+
+
+def verdict(run: Run) -> Report:
+    """Judge; fail if anything acknowledged was lost, torn, corrupted or resurrected, or too little was judged."""
+    result = run.judge()
+    print(summary(result))
+    print(result.line())
+    bad = [f"{one.verdict}: {one.label} {one.name}: {one.reasons[:3]}" for one in result.verdicts if one.verdict in RED]
+    assert not bad, f"{len(bad)} violations, see {run.place}:\n" + "\n".join(bad[:20])
+    assert result.numbers["acknowledged"] >= 100, "hardly anything was acknowledged, so hardly anything was judged"
+    assert result.counts["stable"] >= 20, result.counts
+    return result
+
+
+def acknowledged(run: Run, since: float, what: str, hosts: tuple[str, ...]) -> int:
+    """Count what these hosts acknowledged of operations that began after a time of the history's."""
+    begun = {e.op for e in list(run.history.events) if e.kind == "invoke" and e.time >= since and e.what == what}
+    return sum(
+        e.kind == "ok" and e.op in begun and e.host in hosts and e.status in (200, 201, 204)
+        for e in list(run.history.events)
+    )
