@@ -398,6 +398,12 @@ def lab(console: Console, run: Run) -> Outcome:
     return outcome
 
 
+def reference() -> list[str]:
+    """Return the command that builds the API reference of the Django package; any warning fails it."""
+    options = ["-b", "html", "-E", "-W", "--keep-going", "-q"]
+    return [sys.executable, "-m", "sphinx", *options, str(ROOT / "docs" / "api"), str(ROOT / ".lab" / "api")]
+
+
 def quick_parts() -> dict[str, Part]:
     """Return the parts that need no lab; the slow ones first."""
     tool = BIN.joinpath
@@ -407,6 +413,7 @@ def quick_parts() -> dict[str, Part]:
         "mypy": lint("mypy", lambda: [str(tool("mypy"))]),
         "ruff": lint("ruff", lambda: [str(tool("ruff")), "check"]),
         "yamllint": lint("yamllint", lambda: [str(tool("yamllint")), "--strict", "."]),
+        "api": lint("api", reference),
         "shellcheck": lint("shellcheck", lambda: ["shellcheck", "--external-sources", *shell_scripts()]),
     }
 
