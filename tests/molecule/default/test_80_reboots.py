@@ -39,6 +39,8 @@ def check_order(rig, host, since):
     assert stopped, f"{host}: no brick was stopped: {[t for _, t in entries][:80]}"
     assert down, f"{host}: the network was not stopped by systemd"
     assert stopped[0] < down[0], f"{host}: the network went before the bricks"
+    asked = [text.rpartition(":")[2].split() for _, text in entries if "stopping bricks and self-heal daemon:" in text]
+    assert len(asked[0]) == 2, f"{host}: one brick and the self-heal daemon were to be stopped: {asked}"
     assert not [text for _, text in entries if "timed out" in text.lower() and "stop" in text.lower()], host
 
 
