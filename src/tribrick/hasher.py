@@ -24,7 +24,7 @@ files. GlusterFS's pointers to other bricks (mode ``---------T``) are not there 
 the root is not what it must be; ``--proof NAME`` makes that a question of whether NAME is in it, since
 the empty directory under a brick that is not mounted would have every file missing.
 
-The same over SSH: :class:`tribrick.far_copies.SshCopy` sends this file there and has :func:`converse`
+The same over SSH: :class:`tribrick.far_copies.SshCopy` sends this file there and has ``converse``
 answer one question, so the far side needs Python 3.8 and nothing installed. Only that way a directory
 can be changed.
 """
