@@ -1,36 +1,53 @@
 #!/usr/bin/python
 # Copyright (c) 2026, the Tribrick authors
 # SPDX-License-Identifier: BSD-3-Clause
-"""Make a private key on the host and return a signing request for it."""
+"""Make private keys on the host and return signing requests for them."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: tls_key
-short_description: Make a private key on the host and return a signing request for it
+short_description: Make private keys on the host and return signing requests for them
 description:
-  - The key is made once, on the host, and never leaves it. An existing key is kept.
-  - Returns a fresh certificate signing request and the certificate that is there now, so that one call on the host
-    and one on the controller (C(community.crypto.x509_certificate_pipe)) issue or keep a certificate.
+  - Usually called through the action C(tribrick.media.certificates), which signs on the controller.
+  - A key is made once, on the host, and never leaves it. An existing key is kept.
+  - Returns a fresh signing request for each key and the certificates that are there now.
   - Needs the C(openssl) program on the host, no Python library.
 options:
-  path: {description: Where the key is kept (mode 0600)., type: path, required: true}
-  certificate_path: {description: Where the certificate is kept; only read., type: path, required: true}
-  common_name: {description: Subject common name and DNS alternative name., type: str, required: true}
+  keys:
+    description: The keys.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      path: {description: Where the key is kept., type: path, required: true}
+      certificate_path: {description: Where the certificate is kept; only read., type: path, required: true}
+      common_name: {description: Subject common name and DNS alternative name., type: str, required: true}
+      group: {description: Group of the key; its owner is root., type: str, default: root}
+      mode: {description: Octal mode of the key as a string., type: str, default: "0600"}
+  ca_path: {description: A CA's certificate to return as well., type: path}
 author: [Tribrick authors]
 """
 
 EXAMPLES = r"""
 - name: Make the key and a signing request
   tribrick.media.tls_key:
-    path: /etc/ssl/glusterfs.key
-    certificate_path: /etc/ssl/glusterfs.pem
-    common_name: node1
+    keys:
+      - path: /etc/ssl/glusterfs.key
+        certificate_path: /etc/ssl/glusterfs.pem
+        common_name: node1
 """
 
 RETURN = r"""
-csr: {description: "Signing request, PEM; empty in check mode when there is no key yet.", returned: always, type: str}
-certificate: {description: "The certificate found, PEM; empty for none.", returned: always, type: str}
+keys:
+  description: One entry for each key, in the same order.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    csr: {description: "Signing request, PEM; empty in check mode when there is no key yet.", type: str}
+    certificate: {description: "The certificate found, PEM; empty for none.", type: str}
+ca_certificate: {description: "What was found at ca_path, PEM; empty for none.", returned: always, type: str}
 """
 
 import os
@@ -39,39 +56,66 @@ import tempfile
 from ansible.module_utils.basic import AnsibleModule
 
 
-def main() -> None:
-    module = AnsibleModule(
-        argument_spec={
-            "path": {"type": "path", "required": True},
-            "certificate_path": {"type": "path", "required": True},
-            "common_name": {"type": "str", "required": True},
-        },
-        supports_check_mode=True,
-    )
-    path, name = module.params["path"], module.params["common_name"]
+def _read(path: str | None) -> str:
+    if not path or not os.path.exists(path):
+        return ""
+    with open(path, encoding="ascii", errors="replace") as stream:
+        return stream.read()
 
-    def openssl(*words: str) -> str:
-        code, out, err = module.run_command([module.get_bin_path("openssl", required=True), *words])
-        if code != 0:
-            module.fail_json(msg=f"openssl {words[0]} failed: {(err or out).strip()}")
-        return out
 
-    certificate = ""
-    if os.path.exists(module.params["certificate_path"]):
-        with open(module.params["certificate_path"], encoding="ascii") as stream:
-            certificate = stream.read()
+def _openssl(module: AnsibleModule, *words: str) -> str:
+    code, out, err = module.run_command([module.get_bin_path("openssl", required=True), *words])
+    if code != 0:
+        module.fail_json(msg=f"openssl {words[0]} failed: {(err or out).strip()}")
+    return str(out)
+
+
+def _make(module: AnsibleModule, wanted: dict[str, str]) -> tuple[bool, str]:
+    """Make the key if it is missing; return whether anything changed, and the signing request."""
+    path, name = wanted["path"], wanted["common_name"]
     missing = not os.path.exists(path)
     if missing and module.check_mode:
-        module.exit_json(changed=True, csr="", certificate=certificate)
+        return True, ""
     if missing:
         # Complete in a private file first, so that a run killed here leaves no half key behind.
         handle, temporary = tempfile.mkstemp(prefix=".tribrick-", dir=os.path.dirname(path))
         os.close(handle)
-        openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", temporary)
+        _openssl(module, "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", temporary)
         os.chmod(temporary, 0o600)
         os.replace(temporary, path)
-    csr = openssl("req", "-new", "-key", path, "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}")
-    module.exit_json(changed=missing, csr=csr, certificate=certificate)
+    changed = module.set_owner_if_different(path, "root", missing)
+    changed = module.set_group_if_different(path, wanted["group"], changed)
+    changed = module.set_mode_if_different(path, wanted["mode"], changed)
+    request = ("req", "-new", "-key", path, "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}")
+    return changed, _openssl(module, *request)
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "keys": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "no_log": False,  # paths and names; the keys themselves are not here
+                "options": {
+                    "path": {"type": "path", "required": True},
+                    "certificate_path": {"type": "path", "required": True},
+                    "common_name": {"type": "str", "required": True},
+                    "group": {"type": "str", "default": "root"},
+                    "mode": {"type": "str", "default": "0600"},
+                },
+            },
+            "ca_path": {"type": "path"},
+        },
+        supports_check_mode=True,
+    )
+    changed, keys = False, []
+    for wanted in module.params["keys"]:
+        made, csr = _make(module, wanted)
+        changed = changed or made
+        keys.append({"csr": csr, "certificate": _read(wanted["certificate_path"])})
+    module.exit_json(changed=changed, keys=keys, ca_certificate=_read(module.params["ca_path"]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+# Copyright (c) 2026, the Tribrick authors
+# SPDX-License-Identifier: BSD-3-Clause
+"""Certificates that the controller signs: kept while they fit, made anew when they do not."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ed448, ed25519
+from cryptography.x509.oid import NameOID
+
+# Clocks of the nodes may be behind the controller's.
+_EARLIER = timedelta(days=1)
+
+
+def load_key(pem):
+    """The CA's private key; ``ValueError`` if *pem* is none."""
+    return serialization.load_pem_private_key(pem.encode(), password=None)
+
+
+def load_certificate(pem):
+    """The certificate in *pem*, or None where there is none that can be read."""
+    try:
+        return x509.load_pem_x509_certificate(pem.encode()) if pem.strip() else None
+    except ValueError:
+        return None
+
+
+def to_pem(certificate):
+    """The certificate as text."""
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def _identity(public_key):
+    return public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _algorithm(key):
+    return None if isinstance(key, (ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)) else hashes.SHA256()
+
+
+def _start(subject, issuer, public_key, days):
+    now = datetime.now(timezone.utc)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _EARLIER)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+    )
+
+
+def authority(found, key, name, days):
+    """A CA's certificate for *key* called *name*: the *found* one (PEM) if it is that, else a new one."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    known = load_certificate(found)
+    if known is not None and known.subject == subject and _identity(known.public_key()) == _identity(key.public_key()):
+        return known
+    usage = dict.fromkeys(
+        ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+         "crl_sign", "encipher_only", "decipher_only"), False,
+    )  # fmt: skip
+    return (
+        _start(subject, subject, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.KeyUsage(key_cert_sign=True, **usage), critical=True)
+        .sign(key, _algorithm(key))
+    )
+
+
+def fits(certificate, request, ca):
+    """Whether a certificate is of the request's key and names, and signed by the CA. Its end is not looked at."""
+    if certificate is None or certificate.subject != request.subject:
+        return False
+    if _identity(certificate.public_key()) != _identity(request.public_key()):
+        return False
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        wanted = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        certificate.verify_directly_issued_by(ca)
+    except (x509.ExtensionNotFound, InvalidSignature, ValueError, TypeError):
+        return False
+    return names == wanted
+
+
+def issue(found, request, ca, key, days):
+    """The certificate for a signing request (PEM): the *found* one (PEM) if it fits, else a new one."""
+    asked = x509.load_pem_x509_csr(request.encode())
+    known = load_certificate(found)
+    if fits(known, asked, ca):
+        return known
+    builder = _start(asked.subject, ca.subject, asked.public_key(), days).add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.public_key()), critical=False
+    )
+    for extension in asked.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    return builder.sign(key, _algorithm(key))
