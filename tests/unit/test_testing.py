@@ -103,7 +103,7 @@ def test_a_failing_program_without_a_failing_test_is_a_failure():
 
 def test_command_line(capsys):
     parts, run, _ = testing.parse([])
-    assert list(parts)[-4:] == ["lab", "default", "debian12", "bare"]
+    assert list(parts)[-5:] == ["lab", "default", "debian12", "backends", "bare"]
     assert run.set == "short"
     parts, run, _ = testing.parse(["long", "bare"])
     assert (list(parts), run.set) == (["bare"], "long")
