@@ -40,6 +40,7 @@ SUBNETS = {
     "debian12": "198.18.2.0/24",
     "bare": "198.18.3.0/24",
     "backends": "198.18.4.0/24",
+    "storages": "198.18.5.0/24",
 }
 FIRST_FREE_SUBNET = 16
 NODES = {"node1": 11, "node2": 12, "node3": 13}

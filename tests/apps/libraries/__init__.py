@@ -1,0 +1,1 @@
+"""A small project with the libraries whose files go through the package's storages."""

@@ -1,0 +1,3 @@
+"""No pages: files are what is tested."""
+
+urlpatterns: list = []
