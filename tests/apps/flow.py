@@ -25,6 +25,7 @@ from django.conf import settings  # noqa: E402
 from django.contrib.auth import get_user_model  # noqa: E402
 from django.core.files.base import ContentFile  # noqa: E402
 from django.core.files.images import ImageFile  # noqa: E402
+from django.core.files.storage import default_storage  # noqa: E402
 from django.core.files.uploadedfile import SimpleUploadedFile  # noqa: E402
 from django.core.management import call_command  # noqa: E402
 from filer.models import File as FilerFile  # noqa: E402
@@ -35,6 +36,9 @@ from wagtail.documents import get_document_model  # noqa: E402
 from wagtail.images import get_image_model  # noqa: E402
 from wagtail.models import Collection  # noqa: E402
 
+# easy-thumbnails 2.10 takes a `default_storage` that nothing has used yet for another storage, and then does not find
+# the thumbnails to delete.
+assert default_storage.base_url
 WagtailImage, Document = get_image_model(), get_document_model()
 ROOT = Path(settings.MEDIA_ROOT)
 
