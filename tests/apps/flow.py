@@ -144,9 +144,7 @@ def walk() -> dict[str, str]:
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-STEPS: dict[str, Callable[[], dict[str, Any]]] = {
-    step.__name__: step for step in (upload, derive, read, renew, delete)
-}
+STEPS: dict[str, Callable[[], dict[str, Any]]] = {step.__name__: step for step in (upload, derive, read, renew, delete)}
 
 if __name__ == "__main__":
     answer = STEPS[sys.argv[1]]()

@@ -67,6 +67,8 @@ TEMPLATES = [
         },
     }
 ]
+
+
 class _NoMigrations(dict[str, None]):
     """Tables are made from the models at once: a minute less, and migrations are not what is tested."""
 

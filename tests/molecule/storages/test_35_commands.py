@@ -1,0 +1,104 @@
+"""The commands on a node: what an audit finds on the real volume, and how old a node's ledger is."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import threading
+
+from helpers import NODES, wait_until
+from proof import Proof
+
+LAG = 5.0  # seconds, while the database answers
+FLIP = """
+import os, sys
+with open(sys.argv[1], "r+b", buffering=0) as file:
+    place = os.fstat(file.fileno()).st_size // 2
+    byte = os.pread(file.fileno(), 1, place)[0]
+    os.pwrite(file.fileno(), bytes([byte ^ 1]), place)
+    os.fsync(file.fileno())
+"""
+# In the site's own environment and catalog.
+ADD = """
+import sys, time
+import django
+django.setup()
+from django.core.files.base import ContentFile
+from tribrick import catalog
+row = catalog.add(ContentFile(b"ledger"), sys.argv[1])
+print(time.time())
+if len(sys.argv) > 2:
+    catalog.delete(row)
+"""
+WATCH = """
+import sqlite3, sys, time
+print("watching", flush=True)
+end, seen = time.time() + 60, None
+while seen is None and time.time() < end:
+    with sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True) as ledger:
+        seen = ledger.execute("SELECT name FROM files WHERE name LIKE ?", [sys.argv[2] + "/%"]).fetchone()
+    time.sleep(0 if seen else 0.05)
+print(time.time() if seen else "never", flush=True)
+"""
+
+
+def flip(proof: Proof, host: str, name: str) -> None:
+    """Flip a bit of a file on a node's brick, behind Gluster's back."""
+    done = subprocess.run(
+        ["docker", "exec", "-i", proof.rig.container(host), "python3", "-", f"{proof.brick}/{name}"],
+        input=FLIP, text=True, capture_output=True, timeout=60, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_audit_finds_a_flipped_bit_and_a_lost_file(proof: Proof) -> None:
+    agent = proof.agents["node1"]
+    flipped = agent.ask("add", "photos/flipped.jpg", 40_000)["name"]
+    lost = agent.ask("add", "photos/lost.jpg", 40_000)["name"]
+    proof.check_clean(agent)
+    for host in NODES:
+        flip(proof, host, flipped)
+    proof.rig.root("node2", f"rm {proof.root}/{lost}")
+
+    def found() -> bool:
+        report = agent.tribrick("audit")
+        kinds = {(one["copy"], one["kind"], one["name"]) for one in report["said"]["findings"]}
+        assert report["code"] == 1 and kinds == {("storage", "different", flipped), ("storage", "missing", lost)}, report
+        return True
+
+    # The mount may show for a second what it showed before.
+    wait_until("the audit to find both", found, 10)
+    for host in NODES:
+        flip(proof, host, flipped)
+    agent.ask("delete", lost)
+    wait_until("the audit to be clean again", lambda: agent.tribrick("audit")["code"] == 0, 10)
+
+
+def test_each_ledger_follows_within_five_seconds(proof: Proof) -> None:
+    rig, place = proof.rig, f"photos/lag{secrets.token_hex(6)}"
+    ledger = "/var/lib/tribrick/ledger.sqlite"
+    for host in NODES:
+        assert rig.root(host, "systemctl is-active tribrick-ledger").strip() == "active"
+    ready, seen = threading.Barrier(len(NODES) + 1, timeout=60), dict.fromkeys(NODES, float("inf"))
+
+    def watch(host: str) -> None:
+        with subprocess.Popen(
+            ["docker", "exec", "-i", rig.container(host), "python3", "-c", WATCH, ledger, place],
+            stdout=subprocess.PIPE, text=True,
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline().strip() == "watching"
+            ready.wait()
+            seen[host] = float(process.stdout.readline())
+
+    threads = [threading.Thread(target=watch, args=(host,)) for host in NODES]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    said = rig.root("node2", f"tribrick-manage --python - {place}/lag.txt delete", text_in=ADD)
+    added = float(said.split()[-1])
+    for thread in threads:
+        thread.join(timeout=90)
+    lags = {host: moment - added for host, moment in seen.items()}
+    assert max(lags.values()) <= LAG, lags
+    for host in NODES:
+        assert "in order" in rig.root(host, "tribrick ledger verify")
