@@ -63,7 +63,8 @@ def test_an_audit_finds_a_flipped_bit_and_a_lost_file(proof: Proof) -> None:
     def found() -> bool:
         report = agent.tribrick("audit")
         kinds = {(one["copy"], one["kind"], one["name"]) for one in report["said"]["findings"]}
-        assert report["code"] == 1 and kinds == {("storage", "different", flipped), ("storage", "missing", lost)}, report
+        wanted = {("storage", "different", flipped), ("storage", "missing", lost)}
+        assert report["code"] == 1 and kinds == wanted, report
         return True
 
     # The mount may show for a second what it showed before.
