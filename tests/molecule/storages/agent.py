@@ -119,6 +119,44 @@ def try_add(name: str, size: int, count: int = 1) -> list[dict[str, Any]]:
     return at_once([lambda: add(name, size)] * count)
 
 
+class Gated(ContentFile):  # type: ignore[type-arg]
+    """Four pieces; the third is not given before the test says so. The first is written by then."""
+
+    def __init__(self) -> None:
+        super().__init__(b"")
+        self.reached, self.gate = threading.Event(), threading.Event()
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:  # noqa: ARG002
+        for number in range(4):
+            if number == 2:
+                self.reached.set()
+                self.gate.wait(60)
+            yield os.urandom(1024 * 1024)
+
+
+half: list[Any] = []
+
+
+def begin_add(name: str) -> bool:
+    """Begin to save a file, and return when a part of it is on the mount."""
+    source, answers = Gated(), []
+    thread = threading.Thread(target=lambda: answers.extend(at_once([lambda: told(catalog.add(source, name))])))
+    thread.start()
+    half[:] = [source, thread, answers]
+    return source.reached.wait(30)
+
+
+def end_add(name: str, size: int, count: int) -> list[dict[str, Any]]:
+    """Let the save that was begun go on, and save others at the same time; return what all of them gave."""
+    source, thread, answers = half
+    began = time.monotonic()
+    source.gate.set()
+    others = try_add(name, size, count)
+    thread.join()
+    answers[0]["seconds"] = time.monotonic() - began
+    return answers + others
+
+
 def try_delete(name: str) -> dict[str, Any]:
     return outcome(lambda: delete(name))
 
@@ -327,8 +365,8 @@ def kill(kind: str, name: str, size: int, at: int) -> str:
 COMMANDS: dict[str, Callable[..., Any]] = {
     work.__name__: work
     for work in (
-        hello, migrate, add, delete, try_add, try_delete, undurable, race, rows, versions, walk, hashes, guard,
-        calls_inside, command, age, steps, kill,
+        hello, migrate, add, delete, try_add, begin_add, end_add, try_delete, undurable, race, rows, versions,
+        walk, hashes, guard, calls_inside, command, age, steps, kill,
     )
 }  # fmt: skip
 
