@@ -52,19 +52,19 @@ def flip(proof: Proof, host: str, name: str) -> None:
 
 
 def test_an_audit_finds_a_flipped_bit_and_a_lost_file(proof: Proof) -> None:
-    agent = proof.agents["node1"]
+    # A node that has read a file may have its old bytes in memory. So each of three looks at it for the first time.
+    agent, finder, last = (proof.agents[host] for host in NODES)
     flipped = agent.ask("add", "photos/flipped.jpg", 40_000)["name"]
     lost = agent.ask("add", "photos/lost.jpg", 40_000)["name"]
-    proof.check_clean(agent)
     for host in NODES:
         flip(proof, host, flipped)
-    proof.rig.root("node2", f"rm {proof.root}/{lost}")
+    proof.rig.root("node1", f"rm {proof.root}/{lost}")
 
     def found() -> bool:
-        report = agent.tribrick("audit")
+        report = finder.tribrick("audit")
         kinds = {(one["copy"], one["kind"], one["name"]) for one in report["said"]["findings"]}
         wanted = {("storage", "different", flipped), ("storage", "missing", lost)}
-        assert report["code"] == 1 and kinds == wanted, report
+        assert report["code"] == 1 and kinds == wanted, report["said"]["findings"]
         return True
 
     # The mount may show for a second what it showed before.
@@ -72,7 +72,7 @@ def test_an_audit_finds_a_flipped_bit_and_a_lost_file(proof: Proof) -> None:
     for host in NODES:
         flip(proof, host, flipped)
     agent.ask("delete", lost)
-    wait_until("the audit to be clean again", lambda: agent.tribrick("audit")["code"] == 0, 10)
+    wait_until("the audit to be clean again", lambda: last.tribrick("audit")["code"] == 0, 10)
 
 
 def test_each_ledger_follows_within_five_seconds(proof: Proof) -> None:
