@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import subprocess
 import threading
 
-from helpers import NODES, wait_until
+from helpers import NODES, Rig, chance, wait_until
 from proof import Proof
 
 LAG = 5.0  # seconds, while the database answers
@@ -42,10 +43,10 @@ print(time.time() if seen else "never", flush=True)
 """
 
 
-def flip(proof: Proof, host: str, name: str) -> None:
+def flip(rig: Rig, host: str, path: str) -> None:
     """Flip a bit of a file on a node's brick, behind Gluster's back."""
     done = subprocess.run(
-        ["docker", "exec", "-i", proof.rig.container(host), "python3", "-", f"{proof.brick}/{name}"],
+        ["docker", "exec", "-i", rig.container(host), "python3", "-", path],
         input=FLIP, text=True, capture_output=True, timeout=60, check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -57,7 +58,7 @@ def test_an_audit_finds_a_flipped_bit_and_a_lost_file(proof: Proof) -> None:
     flipped = agent.ask("add", "photos/flipped.jpg", 40_000)["name"]
     lost = agent.ask("add", "photos/lost.jpg", 40_000)["name"]
     for host in NODES:
-        flip(proof, host, flipped)
+        flip(proof.rig, host, f"{proof.brick}/{flipped}")
     proof.rig.root("node1", f"rm {proof.root}/{lost}")
 
     def found() -> bool:
@@ -70,9 +71,29 @@ def test_an_audit_finds_a_flipped_bit_and_a_lost_file(proof: Proof) -> None:
     # The mount may show for a second what it showed before.
     wait_until("the audit to find both", found, 10)
     for host in NODES:
-        flip(proof, host, flipped)
+        flip(proof.rig, host, f"{proof.brick}/{flipped}")
     agent.ask("delete", lost)
     wait_until("the audit to be clean again", lambda: last.tribrick("audit")["code"] == 0, 10)
+
+
+def test_the_sites_audit_finds_a_flipped_bit_on_one_brick(proof: Proof) -> None:
+    """The mount may read another brick, so only the bricks' own hashes can tell."""
+    rig, sick = proof.rig, chance("flipped brick").choice(NODES)
+
+    def audit(host: str) -> tuple[int, list[dict[str, str]], dict[str, str]]:
+        done = rig.run_root(host, "tribrick audit --json", timeout=120)
+        said = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{"):])[0]
+        return done.returncode, said["findings"], said["away"]
+
+    name = rig.upload("node1")["name"]
+    assert audit("node2") == (0, [], {})
+    flip(rig, sick, f"{rig.brick}/{name}")
+    code, findings, away = audit("node2")
+    bricks = [one for one in findings if one["copy"] != "storage"]  # the mount may happen to read this brick
+    assert code == 1 and not away and [(one["kind"], one["name"]) for one in bricks] == [("different", name)], findings
+    assert sick in bricks[0]["copy"], findings
+    flip(rig, sick, f"{rig.brick}/{name}")
+    assert audit("node3") == (0, [], {})
 
 
 def test_each_ledger_follows_within_five_seconds(proof: Proof) -> None:
