@@ -163,7 +163,7 @@ def main() -> None:
             # A glusterd that has just started needs its time before its state is called wrong.
             deadline = time.monotonic() + (0 if module.check_mode else 30)
             while unmet() and time.monotonic() < deadline:
-                time.sleep(0.5)
+                time.sleep(0.5)  # poll, until the deadline above
             own, rejected = look(node), "Rejected" in unmet()
         reasons = state_reasons(own, identity, peers, volume, rejected) + broken
         if offline and own["uuid"] == identity and not own["volumes"] and unit in ("inactive", "unknown"):

@@ -12,4 +12,4 @@ class GalleryConfig(AppConfig):
 
     def ready(self) -> None:
         """Connect the signals."""
-        from example.gallery import signals  # noqa: F401
+        from example.gallery import signals  # noqa: F401  importing it connects the receivers
