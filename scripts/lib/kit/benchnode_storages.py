@@ -216,6 +216,7 @@ def serve(port: int) -> None:
         "--threads=8",
         "--keep-alive=60",
         "--log-level=warning",
+        "--no-control-socket",
     ]
     command = [sys.executable, "-P", "-m", "gunicorn", *options, "tribrick.receiver:application()"]
     receiver = subprocess.Popen(command, env={**os.environ, **places}, stdin=subprocess.DEVNULL, stdout=sys.stderr)

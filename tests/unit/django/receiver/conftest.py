@@ -159,6 +159,8 @@ class Machine:
         listening = str(self.work / "receiver.sock")
         given = {"ROOT": str(files), "STATE": str(state), **environment}
         command = [sys.executable, "-m", "gunicorn", "--bind", f"unix:{listening}", "--workers", str(workers)]
+        # As the kit's role runs it. The control socket would appear in the home directory, at a moment of its own.
+        command += ["--no-control-socket"]
         command += ["--threads", "4", "--timeout", "60", "--graceful-timeout", "5", "--log-level", "warning"]
         process = self.start(
             "gunicorn",
