@@ -74,6 +74,8 @@ def test_an_audit_finds_a_flipped_bit_and_a_lost_file(proof: Proof) -> None:
         flip(proof.rig, host, f"{proof.brick}/{flipped}")
     agent.ask("delete", lost)
     wait_until("the audit to be clean again", lambda: last.tribrick("audit")["code"] == 0, 10)
+    # node2 goes on showing the flipped bytes: nothing told its caches that they were changed back. No later test may meet them.
+    agent.ask("delete", flipped)
 
 
 def test_the_sites_audit_finds_a_flipped_bit_on_one_brick(proof: Proof) -> None:
@@ -94,6 +96,9 @@ def test_the_sites_audit_finds_a_flipped_bit_on_one_brick(proof: Proof) -> None:
     assert sick in bricks[0]["copy"], findings
     flip(rig, sick, f"{rig.brick}/{name}")
     assert audit("node3") == (0, [], {})
+    answer = rig.request("DELETE", "node1", f"/api/media/{name}", headers=rig.auth, timeout=60)
+    assert answer.status_code == 204, answer.text
+    del rig.known[name]
 
 
 def test_each_ledger_follows_within_five_seconds(proof: Proof) -> None:
