@@ -103,7 +103,7 @@ def test_a_failing_program_without_a_failing_test_is_a_failure():
 
 def test_command_line(capsys):
     parts, run, _ = testing.parse([])
-    assert list(parts)[-4:] == ["lab", "default", "debian12", "bare"]
+    assert list(parts)[-6:] == ["lab", "default", "debian12", "backends", "bare", "storages"]
     for name in testing.WHEN_NAMED:
         assert list(testing.parse([name])[0]) == [name], "it is there when it is named"
     assert run.set == "short"
