@@ -14,7 +14,6 @@ from django.http import HttpRequest
 from django.template.defaultfilters import date, filesizeformat
 from django.urls import reverse
 from django.utils.html import format_html, format_html_join
-from django.utils.safestring import mark_safe
 
 from tribrick import catalog
 from tribrick.models import Change, MediaFile, Node, Outbox, State
@@ -39,6 +38,11 @@ class _ReadOnly(admin.ModelAdmin):  # type: ignore[type-arg]
 @admin.register(MediaFile)
 class MediaFileAdmin(_ReadOnly):
     """Stored files with preview and version history."""
+
+    class Media:
+        """What the pages need besides Django's own."""
+
+        css = {"all": ("tribrick/admin.css",)}
 
     list_display = ("preview", "original", "name", "bytes", "owner", "version", "state", "created")
     list_display_links = ("original", "name")
@@ -89,23 +93,21 @@ class MediaFileAdmin(_ReadOnly):
     @admin.display(description="")
     def preview(self, file: MediaFile) -> str:
         """Return a small picture."""
-        return self._picture(file, 60)
+        return self._picture(file, "small")
 
     @admin.display(description="preview")
     def large_preview(self, file: MediaFile) -> str:
         """Return a larger picture with a link to the file."""
         if file.state != State.STORED:
             return "-"
-        picture = self._picture(file, 480)
+        picture = self._picture(file, "large")
         return format_html('<a href="{}">{}</a>', file.url, picture or "open the file")
 
     @staticmethod
-    def _picture(file: MediaFile, side: int) -> str:
+    def _picture(file: MediaFile, size: str) -> str:
         if file.state != State.STORED or file.content_type not in PICTURES:
             return ""
-        return format_html(
-            '<img src="{}" alt="" loading="lazy" style="max-width:{}px;max-height:{}px">', file.url, side, side
-        )
+        return format_html('<img src="{}" alt="" loading="lazy" class="tribrick-{}">', file.url, size)
 
     @admin.display(description="size", ordering="size")
     def bytes(self, file: MediaFile) -> str:
@@ -118,13 +120,12 @@ class MediaFileAdmin(_ReadOnly):
         shown = catalog.current(file)
         rows = format_html_join(
             "",
-            '<tr><td>{}</td><td><a href="{}"{}>{}</a></td><td>{}</td><td>{}</td><td>{}</td></tr>',
+            '<tr><td>{}</td><td><a href="{}">{}</a></td><td>{}</td><td>{}</td><td>{}</td></tr>',
             (
                 (
                     one.version,
                     reverse(f"{self.admin_site.name}:tribrick_mediafile_change", args=[one.pk]),
-                    mark_safe(' style="font-weight:bold"') if one == shown else "",
-                    one.original or one.name,
+                    format_html("<strong>{}</strong>" if one == shown else "{}", one.original or one.name),
                     filesizeformat(one.size),
                     "current" if one == shown else one.state,
                     date(one.created, "DATETIME_FORMAT"),
