@@ -114,6 +114,12 @@ def about_backend(wish: Wish) -> list[str]:
             f"tribrick_receiver_server is '{server}', which is none of {join(RECEIVERS)}."
             f"{nearest(str(server), RECEIVERS)} Correct it in the inventory."
         )
+    elif server != RECEIVERS[0] and backend in BACKENDS[1:3]:
+        found.append(
+            f"tribrick_receiver_server is '{server}', but with media_backend {backend} the site writes to the same "
+            f"directories, and what one of two users has made the other cannot remove. "
+            f"Set tribrick_receiver_server: {RECEIVERS[0]}, or media_backend: distributed."
+        )
     if not has_volume(wish) and len(nodes) < REPLICA:
         found.append(
             f"The group app_servers has {len(nodes)} host(s) ({join(nodes)}): with media_backend {backend} they keep "

@@ -9,6 +9,7 @@ from typing import Any
 
 from django.contrib import admin, messages
 from django.contrib.auth import get_user_model
+from django.core.exceptions import ImproperlyConfigured
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.template.defaultfilters import date, filesizeformat
@@ -20,6 +21,14 @@ from tribrick.models import Change, MediaFile, Node, Outbox, State
 
 # What a browser shows as a picture; SVG in an <img> runs no script.
 PICTURES = frozenset({"image/avif", "image/bmp", "image/gif", "image/jpeg", "image/png", "image/svg+xml", "image/webp"})
+
+
+def _address(file: MediaFile) -> str:
+    """Return the address of a file; "" when its storage has none, or is in STORAGES no longer."""
+    try:
+        return file.url
+    except (ImproperlyConfigured, ValueError):
+        return ""
 
 
 class _ReadOnly(admin.ModelAdmin):  # type: ignore[type-arg]
@@ -98,16 +107,16 @@ class MediaFileAdmin(_ReadOnly):
     @admin.display(description="preview")
     def large_preview(self, file: MediaFile) -> str:
         """Return a larger picture with a link to the file."""
-        if file.state != State.STORED:
+        if file.state != State.STORED or not (url := _address(file)):
             return "-"
         picture = self._picture(file, "large")
-        return format_html('<a href="{}">{}</a>', file.url, picture or "open the file")
+        return format_html('<a href="{}">{}</a>', url, picture or "open the file")
 
     @staticmethod
     def _picture(file: MediaFile, size: str) -> str:
-        if file.state != State.STORED or file.content_type not in PICTURES:
+        if file.state != State.STORED or file.content_type not in PICTURES or not (url := _address(file)):
             return ""
-        return format_html('<img src="{}" alt="" loading="lazy" class="tribrick-{}">', file.url, size)
+        return format_html('<img src="{}" alt="" loading="lazy" class="tribrick-{}">', url, size)
 
     @admin.display(description="size", ordering="size")
     def bytes(self, file: MediaFile) -> str:

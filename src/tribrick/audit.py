@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from django.core.files.storage import FileSystemStorage, storages
+from django.db import IntegrityError
 from django.utils import timezone as django_timezone
 
 from tribrick import catalog, names
@@ -36,6 +37,7 @@ from tribrick.copies import (
 )
 from tribrick.ledger import Known, Ledger
 from tribrick.models import Change, Kind, MediaFile, State
+from tribrick.storage.catalogued import below, elsewhere
 from tribrick.storage.saving import TEMPORARY
 from tribrick.storage.volume import StoredFile
 
@@ -62,6 +64,8 @@ class CatalogSource:
 
     def __init__(self, alias: str) -> None:
         self.alias = alias
+        # The same name may be another file's in another directory.
+        self.elsewhere = elsewhere(storages[alias])
 
     def _rows(self) -> Any:
         return MediaFile.objects.using(catalog.database()).filter(storage=self.alias)
@@ -82,9 +86,12 @@ class CatalogSource:
         """Return what is known of these names; also of those whose tombstone has expired."""
         listed = [name for name in wanted if _printable(name)]
         rows = MediaFile.objects.using(catalog.database()).filter(name__in=listed)
-        found = {known.name: known for known in self._known(rows)}
-        changes = Change.objects.using(catalog.database()).filter(name__in=set(listed) - set(found))
-        for change in changes.filter(kind=Kind.DELETED):
+        found = {known.name: known for known in self._known(rows.exclude(storage__in=self.elsewhere))}
+        changes = list(Change.objects.using(catalog.database()).filter(name__in=set(listed) - set(found)))
+        others = {c.name for c in changes if c.kind == Kind.ADDED and c.details.get("storage") in self.elsewhere}
+        for change in changes:
+            if change.kind != Kind.DELETED or change.name in others:
+                continue
             found[change.name] = Known(change.name, State.PURGED, self.alias, change.sha256, change.size)
         return found
 
@@ -98,6 +105,7 @@ class LedgerSource:
 
     def __init__(self, alias: str, ledger: Ledger) -> None:
         self.alias, self.ledger = alias, ledger
+        self.elsewhere = elsewhere(storages[alias])
 
     def total(self) -> int:
         """Return the number of files of every state."""
@@ -114,7 +122,7 @@ class LedgerSource:
     def get(self, wanted: Iterable[str]) -> dict[str, Known]:
         """Return what is known of these names."""
         found = [known for name in wanted if _printable(name) and (known := self.ledger.get(name))]
-        return {known.name: known for known in found}
+        return {known.name: known for known in found if known.storage not in self.elsewhere}
 
     def sample(self, count: int) -> list[Known]:
         """Return *count* stored files at random."""
@@ -230,6 +238,8 @@ class Audit:
         self.source, self.over, self.progress = source, list(over), progress
         self.resume = Path(resume) if resume else None
         self.report = Report(copies=[copy.name for copy in over])
+        # A copy of the whole directory holds the files of the storages below it, too.
+        self.others = tuple(f"{place}/" for place in below(storages[source.alias]))
         self._saved = time.monotonic()
 
     def run(self, *, sample: int | None = None) -> Report:
@@ -297,8 +307,8 @@ class Audit:
             for batch in _batches(copy.walk() or ()):
                 known = self.source.get(found.name for found in batch)
                 for found in batch:
-                    if found.name in known:
-                        continue  # alive or dead, it was examined by name
+                    if found.name in known or found.name.startswith(self.others):
+                        continue  # alive or dead, it was examined by name; or it is not this storage's
                     if time.time() - found.changed < YOUNG.total_seconds():
                         self.report.young += 1
                     else:
@@ -556,6 +566,8 @@ def strays(alias: str = "default", progress: Progress = _no_progress) -> Strays:
     copy = _storage_copy(alias)
     limit = settled_before().timestamp()
     source, found = CatalogSource(alias), Strays()
+    # What a storage without rows has made has none, and is no stray.
+    catalogued = getattr(storages[alias], "catalogued", True)
     for batch in _batches(copy.walk()):
         known = source.get(one.name for one in batch)
         for one in batch:
@@ -566,7 +578,7 @@ def strays(alias: str = "default", progress: Progress = _no_progress) -> Strays:
             elif _is_temporary(one.name):
                 if one.changed < limit:
                     found.rests.append(one)
-            elif not is_own(one.name, alias):
+            elif not catalogued or not is_own(one.name, alias):
                 found.foreign.append(one)
             elif one.changed < limit:
                 found.own.append(one)
@@ -606,8 +618,8 @@ def sweep(found: Strays, alias: str = "default", *, accept: int = 0) -> Swept:
             f"{len(doomed)} of {found.seen} files would be taken away, more than 1 %; nothing was touched. "
             f"Has the catalog lost rows (ledger rebuild), or do files come in around it (adopt)?"
         )
-    _ask_ledger(doomed)
     copy, source = _storage_copy(alias), CatalogSource(alias)
+    _ask_ledger(doomed, source.elsewhere)
     quarantined, removed = [], []
     for one in doomed:
         if not source.get([one.name]):
@@ -620,14 +632,14 @@ def sweep(found: Strays, alias: str = "default", *, accept: int = 0) -> Swept:
     return Swept(quarantined, removed, _empty_quarantine(copy))
 
 
-def _ask_ledger(doomed: Sequence[Found]) -> None:
+def _ask_ledger(doomed: Sequence[Found], elsewhere: Sequence[str]) -> None:
     path = setting("LEDGER")
     if not path or not Path(path).exists():
         return
     with Ledger(path) as ledger:
         for one in doomed:
             known = ledger.get(one.name)
-            if known is not None and known.state == "stored":
+            if known is not None and known.state == "stored" and known.storage not in elsewhere:
                 raise AuditError(
                     f"the ledger knows {one.name} as stored, the catalog does not; nothing was touched. "
                     "The catalog has lost rows: see ledger rebuild"
@@ -690,6 +702,8 @@ def adopt(
                 _adopt_one(copy, one, alias, apply, owner)
             except (OSError, ValueError) as error:
                 refused = str(error)
+            except IntegrityError:
+                refused = "the catalog has a file of this name, in another storage"
         yield Adopted(one.name, refused)
 
 

@@ -23,10 +23,11 @@ from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import IO, Any, Final
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.files import File
 from django.core.files.storage import storages
 from django.db import connections, router, transaction
-from django.db.models import Exists, F, Max, OuterRef, Q
+from django.db.models import Exists, F, Max, OuterRef, ProtectedError, Q, QuerySet, RestrictedError
 from django.utils import timezone
 
 from tribrick import names
@@ -161,6 +162,22 @@ def _store(
     storage: str,
     replaces: MediaFile | None,
 ) -> MediaFile:
+    # Where the storage writes work for the hosts into the outbox, that and the row are one transaction.
+    later = getattr(storages[storage], "works_later", False)
+    with together() if later else contextlib.nullcontext():
+        return _store_now(content, name, original, owner, content_type, node, storage, replaces)
+
+
+def _store_now(
+    content: IO[Any] | File[Any],
+    name: str,
+    original: str | None,
+    owner: Any,
+    content_type: str,
+    node: str | None,
+    storage: str,
+    replaces: MediaFile | None,
+) -> MediaFile:
     if original is None:
         original = names.basename(str(getattr(content, "name", "") or name))
     original = names.display_name(original)
@@ -218,7 +235,7 @@ def _record(
             original=original,
             sha256=stored.sha256,
             size=stored.size,
-            content_type=content_type,
+            content_type=names.content_type(content_type),
             owner=owner,
             node=str(setting("NODE")) if node is None else node,
             created=created or timezone.now(),
@@ -369,22 +386,28 @@ def finish_deletes(*, again: bool = False) -> tuple[int, int]:
     """Remove the bytes of deleted files that were left behind; return how many went and failed.
 
     With *again*, of all tombstones: after a power cut of all nodes, a restore or a drain, since an
-    unlink is not durable then. Stops when the volume is away.
+    unlink is not durable then. A storage that is away is passed over; its ``StorageError`` is raised
+    in the end.
     """
     rows = MediaFile.objects.using(database()).exclude(state=State.STORED)
     if not again:
         rows = rows.filter(state=State.DELETED)
     done = failed = 0
+    away: dict[str, StorageError] = {}
     for file in rows.order_by("pk").iterator():
+        if file.storage in away:
+            continue
         try:
             purge(file)
-        except StorageError:
-            raise
-        except OSError as error:
+        except StorageError as error:
+            away[file.storage] = error
+        except (OSError, ImproperlyConfigured) as error:  # the latter: its storage is no longer in STORAGES
             log.warning("the bytes of %s could not be removed: %s", file.name, error)
             failed += 1
         else:
             done += 1
+    for why in away.values():
+        raise why
     return done, failed
 
 
@@ -414,8 +437,28 @@ def expire_tombstones(older_than: timedelta = TOMBSTONE_AGE) -> int:
             ~Exists(unconfirmed), ~Exists(undelivered), state=State.PURGED, deleted__lt=timezone.now() - older_than
         )
         media = set(rows.exclude(logical=None).values_list("logical_id", flat=True))
-        count = rows.delete()[1].get(MediaFile._meta.label, 0)
+        count = _remove(rows)
         Media.objects.using(using).filter(pk__in=media, versions=None).delete()
+    return count
+
+
+def _remove(rows: QuerySet[MediaFile]) -> int:
+    """Remove rows, but those that rows of the site's own hold on to (``on_delete=PROTECT``)."""
+    try:
+        with _atomic():
+            return int(rows.delete()[1].get(MediaFile._meta.label, 0))
+    except (ProtectedError, RestrictedError):
+        log.debug("tombstones that rows of the site's own refer to are passed over")
+    count = 0
+    # One by one costs more, so only some of them a pass, whichever.
+    for row in rows.order_by("?")[:100]:
+        try:
+            with _atomic():
+                row.delete()
+        except (ProtectedError, RestrictedError):
+            log.debug("the tombstone of %s stays: the site's own rows refer to it", row.name)
+        else:
+            count += 1
     return count
 
 

@@ -1,4 +1,4 @@
-"""System checks for the storages with media hosts."""
+"""System checks: storages that could store nothing, and settings of older packages."""
 
 from __future__ import annotations
 
@@ -59,6 +59,11 @@ def check_leftovers(**_: Any) -> list[CheckMessage]:
         else:
             hint = f"It is still understood. Write {_KEY.format(key=key, value=getattr(settings, name))} instead."
         found.append(Warning(f"{name} is a setting of an older package.", hint=hint, id="tribrick.W001"))
+    older = str(getattr(settings, "DEFAULT_FILE_STORAGE", ""))
+    if older in _BACKENDS:  # Django 5.1 and later do not read it
+        hint = f'Remove it, and write STORAGES["default"]["BACKEND"] = "{_BACKENDS[older]}".'
+        text = f"DEFAULT_FILE_STORAGE is {older}, a storage of an older package."
+        found.append(Error(text, hint=hint, id="tribrick.E003"))
     for alias, options in _configured().items():
         instead = _BACKENDS.get(str(options.get("BACKEND")))
         if instead:
@@ -101,6 +106,26 @@ def check_storages(**_: Any) -> list[CheckMessage]:
     return found
 
 
+@register("tribrick")
+def check_settings(**_: Any) -> list[CheckMessage]:
+    """Find settings that the first upload, or the first audit, would stumble over."""
+    from tribrick.copies import copies
+    from tribrick.storage import VolumeStorage
+
+    found: list[CheckMessage] = []
+    for alias in _of_kind(VolumeStorage):
+        try:
+            storage: Any = storages[alias]
+            storage.check_settings()
+            if apps.is_installed("tribrick"):
+                copies(alias)
+        except (ImproperlyConfigured, ValueError) as error:
+            if alias not in _remote():  # E001 says it
+                hint = "See the table of the settings in docs/volume-storage.md."
+                found.append(Error(f'STORAGES["{alias}"]: {error}', hint=hint, id="tribrick.E004"))
+    return found
+
+
 def refuse_storages_without_hosts() -> None:
     """Raise ``ImproperlyConfigured`` if a storage has no media hosts, so that the site does not start."""
     for alias in _remote():
@@ -111,6 +136,11 @@ def _remote() -> dict[str, type]:
     """Return the classes of the storages with media hosts, by their key in ``STORAGES``."""
     from tribrick.storage.base_remote import RemoteStorage
 
+    return _of_kind(RemoteStorage)
+
+
+def _of_kind(wanted: type) -> dict[str, type]:
+    """Return the classes of the storages of a kind, by their key in ``STORAGES``."""
     found: dict[str, type] = {}
     for alias, options in _configured().items():
         backend = str(options.get("BACKEND"))
@@ -120,6 +150,6 @@ def _remote() -> dict[str, type]:
             kind = import_string(backend)
         except ImportError:
             continue  # Django says so itself
-        if isinstance(kind, type) and issubclass(kind, RemoteStorage):
+        if isinstance(kind, type) and issubclass(kind, wanted):
             found[alias] = kind
     return found

@@ -23,6 +23,7 @@ from django.core.files.storage import FileSystemStorage, storages
 from tribrick import catalog, names
 from tribrick.conf import setting
 from tribrick.ledger import Known
+from tribrick.storage.catalogued import below as places_below
 from tribrick.storage.saving import TEMPORARY, temporary_beside
 from tribrick.storage.volume import StoredFile
 
@@ -170,6 +171,7 @@ class PathCopy(Copy):
                 yield chunk
 
     def walk(self) -> Iterator[Found]:
+        others = places_below(self.storage)
         waiting = [""]
         while waiting:
             directory = waiting.pop()
@@ -186,7 +188,8 @@ class PathCopy(Copy):
                     continue
                 name = f"{directory}/{entry.name}" if directory else entry.name
                 if entry.is_dir(follow_symlinks=False):
-                    below.append(name)
+                    if name not in others:
+                        below.append(name)
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)

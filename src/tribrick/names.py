@@ -19,6 +19,7 @@ from django.core.exceptions import SuspiciousFileOperation
 TOKEN_LENGTH: Final = 20
 STEM_LENGTH: Final = 60
 ORIGINAL_LENGTH: Final = 1024
+TYPE_LENGTH: Final = 100
 
 _ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
 _EXTENSION: Final = re.compile(r"[a-z0-9]{1,10}")
@@ -94,6 +95,11 @@ def display_name(name: str, max_length: int = ORIGINAL_LENGTH) -> str:
     at *max_length* characters; a name of which nothing remains becomes ``file``.
     """
     return _visible(name).strip()[:max_length].strip() or "file"
+
+
+def content_type(kind: str) -> str:
+    """Return a content type, which may be the client's word, as the catalog can keep it."""
+    return _visible(kind).strip()[:TYPE_LENGTH]
 
 
 def check_directory(directory: str) -> str:

@@ -42,7 +42,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import storages
 from django.db import DatabaseError, close_old_connections, connections, router, transaction
-from django.db.models import Exists, Min, OuterRef, Q
+from django.db.models import Exists, Max, Min, OuterRef, Q
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
@@ -305,7 +305,8 @@ def _abandon(row: Outbox) -> int:
         ).save(force_insert=True, using=using)
         add_delete(row.name, list(getattr(storage, "hosts", ())), storage=row.storage)
         if isinstance(storage, VolumeStorage):
-            add_delete(row.name, [row.host], storage=row.storage)
+            # This node is a host of the other's, so bytes may be here as well.
+            add_delete(row.name, sorted({row.host, local_host()}), storage=row.storage)
         mine.delete()
     log.warning("the save of %s was given up before its row was written; its bytes are removed", row.name)
     return 1
@@ -481,7 +482,7 @@ class Worker:
             self._settle(row, last_error=" ".join(str(error).split()) or type(error).__name__, not_before=_after(pause))
             return False
         if remark == _ONCE_MORE:
-            self._settle(row, last_error=remark, not_before=_after(self.late))
+            self._settle(row, last_error=remark, not_before=_after(self.late + self._longest_put(row)))
         elif remark:
             self._settle(row, last_error=remark, done=timezone.now())
         else:
@@ -524,5 +525,11 @@ class Worker:
     @staticmethod
     def _may_come_late(row: Outbox) -> bool:
         """Return whether a PUT of this name was tried on this host without a clean end."""
-        puts = _rows().filter(host=row.host, name=row.name, operation=Operation.PUT, id__lt=row.pk)
-        return bool(puts.exclude(attempts=1, last_error__in=["", _NOT_SENT]).exists())
+        # Numbers are not given in the order of commits: a PUT with a larger one may be under way, too.
+        puts = _rows().filter(host=row.host, name=row.name, operation=Operation.PUT)
+        return bool(puts.exclude(done__isnull=False, attempts=1, last_error__in=["", _NOT_SENT]).exists())
+
+    def _longest_put(self, row: Outbox) -> float:
+        """Return the seconds that a PUT of this name may take; one that was given up is read to its end."""
+        sizes = _rows().filter(host=row.host, name=row.name, operation=Operation.PUT).aggregate(size=Max("size"))
+        return self._storage(row).deadline(sizes["size"] or 0).seconds

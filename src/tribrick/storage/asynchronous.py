@@ -25,6 +25,8 @@ class AsyncStorage(HybridStorage):
     killed worker loses none.
     """
 
+    works_later = True
+
     def execute(self, operation: str, name: str, body: Body | None = None) -> dict[str, Outcome]:
         """Write the work into the outbox, in the caller's transaction.
 

@@ -378,15 +378,15 @@ class RemoteStorage(Catalogued):
             if commit.unknown:
                 log.error("unknown whether the rows were committed; kept %s", stored.name)
             else:
-                self._undo(stored.name, results)
+                self._undo(stored.name, results, stored.size)
             raise
 
-    def _undo(self, name: str, results: Mapping[str, Outcome]) -> None:
+    def _undo(self, name: str, results: Mapping[str, Outcome], size: int) -> None:
         """Remove a failed save from the hosts; what cannot be removed now becomes a durable task."""
-        if self._undone(name, results):
+        if self._undone(name, results, size):
             self._forget(name)
 
-    def _undone(self, name: str, results: Mapping[str, Outcome]) -> bool:
+    def _undone(self, name: str, results: Mapping[str, Outcome], size: int) -> bool:
         if not results:  # interrupted: anything may be under way
             results = {host: Outcome(host, error=NotWaitedFor(errno.EINTR, "interrupted")) for host in self.hosts}
         touched = [
@@ -401,15 +401,17 @@ class RemoteStorage(Catalogued):
             deadline = Deadline(self.deadline().seconds * _UNDO)
             undone = _Calls({host: partial(self.execute_one, DELETE, host, name, None, deadline) for host in now})
             late += [host for host, outcome in undone.wait(deadline).items() if not outcome.ok and host not in late]
-        return not late or self._leave(name, late)
+        return not late or self._leave(name, late, size)
 
-    def _leave(self, name: str, hosts: Sequence[str]) -> bool:
+    def _leave(self, name: str, hosts: Sequence[str], size: int) -> bool:
         """Note that *name* must go from *hosts*, whatever becomes of the caller's transaction."""
         if self.has_outbox:
             from tribrick import outbox
 
             try:
-                outbox.add_delete_apart(name, hosts, storage=self.alias or "", delay=outbox.LATE)
+                # A PUT that was given up may end as late as its own deadline, and be read by the host later still.
+                late = outbox.LATE + self.deadline(size).seconds
+                outbox.add_delete_apart(name, hosts, storage=self.alias or "", delay=late)
             except Exception as error:  # noqa: BLE001  the save's own error matters more
                 log.error("no task could be written: %s", error)
             else:
@@ -419,6 +421,8 @@ class RemoteStorage(Catalogued):
 
     def _delete_remotely(self, name: str, *, catalogued: bool) -> None:
         """Delete *name* on all hosts; what fails becomes a durable task, or raises without an outbox."""
+        # A PUT that is under way now may arrive after the DELETE, and be done cleanly before we look again.
+        late = set(self._hosts_of_puts(name))
         results = self.execute(DELETE, name)
         missing = [outcome.host for outcome in results.values() if outcome.error is not None]
         if self.has_outbox:
@@ -428,11 +432,18 @@ class RemoteStorage(Catalogued):
             if missing:
                 add(name, missing, storage=self.alias or "", delay=outbox.SOON)
             # Where a PUT may still be under way, it must be deleted after that as well.
-            late = [host for host in outbox.hosts_of_unclean_puts(name) if host not in missing]
-            if late:
-                add(name, late, storage=self.alias or "", delay=outbox.SOON)
+            late |= set(outbox.hosts_of_unclean_puts(name))
+            if late := late - set(missing):
+                add(name, sorted(late), storage=self.alias or "", delay=outbox.SOON)
         elif missing and self.fatal_exceptions:
             raise ReplicationError("delete", name, results, len(results))
+
+    def _hosts_of_puts(self, name: str) -> list[str]:
+        if not self.has_outbox:
+            return []
+        from tribrick import outbox
+
+        return outbox.hosts_of_unclean_puts(name)
 
     def _delete_bytes(self, name: str, *, catalogued: bool) -> None:
         self._delete_remotely(name, catalogued=catalogued)
@@ -484,7 +495,7 @@ class RemoteStorage(Catalogued):
 
     def _living(self, name: str) -> MediaFile | None:
         """Return the catalog's row of *name*, if it has one; a deleted file is not found, wherever it lies."""
-        row = self._row(name)
+        row = self._row(self._canonical(name))
         if row is not None and row.state != "stored":
             raise FileNotFoundError(errno.ENOENT, f"{name} was deleted")
         return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,43 @@ if TYPE_CHECKING:
     from tribrick.storage.volume import StoredFile
 
 log = logging.getLogger("tribrick.storage")
+
+
+def in_storages() -> Iterator[tuple[str, Any]]:
+    """Yield the keys in ``STORAGES`` with their storages, without those that cannot be made."""
+    for alias in settings.STORAGES:
+        try:
+            storage: Any = storages[alias]
+        except Exception:  # noqa: BLE001, S112  another storage's trouble is not ours
+            continue
+        yield str(alias), storage
+
+
+def place_of(storage: Any) -> str | None:
+    """Return what a storage's names are relative to: its directory, or its media hosts; None if it has neither."""
+    if (location := getattr(storage, "location", None)) is not None:
+        return str(os.path.abspath(location))
+    hosts = getattr(storage, "hosts", None)
+    return None if hosts is None else " ".join([*sorted(hosts), str(storage.base_url)])
+
+
+def elsewhere(storage: Any) -> list[str]:
+    """Return the keys in ``STORAGES`` under which a name means another file than in *storage*.
+
+    Two storages with the same directory have the same files, under whatever addresses.
+    """
+    mine = place_of(storage)
+    others = [(alias, other) for alias, other in in_storages() if other is not storage]
+    return [alias for alias, other in others if mine is None or place_of(other) != mine]
+
+
+def below(storage: Any) -> list[str]:
+    """Return the directories of other storages below that of *storage*, relative to it: what is not its own."""
+    mine = place_of(storage)
+    found = {place for _alias, other in in_storages() if (place := place_of(other)) is not None and place != mine}
+    if mine is None:
+        return []
+    return sorted(os.path.relpath(place, mine) for place in found if place.startswith(mine.rstrip(os.sep) + os.sep))
 
 
 class Commit:
@@ -54,18 +92,18 @@ class Catalogued:
 
     @property
     def alias(self) -> str | None:
-        """The key in ``STORAGES`` of this storage, or of one made with the same arguments."""
+        """The key in ``STORAGES`` of this storage, of one made with the same arguments, or with the same directory."""
         like: str | None = None
-        for alias in settings.STORAGES:
-            try:
-                other: Any = storages[alias]
-            except Exception:  # noqa: BLE001, S112  another storage's trouble is not ours
-                continue
+        near: str | None = None
+        mine = place_of(self)
+        for alias, other in in_storages():
             if other is self:
-                return str(alias)
+                return alias
             if like is None and type(other) is type(self) and other._constructor_args == self._constructor_args:
-                like = str(alias)
-        return like
+                like = alias
+            if near is None and mine is not None and type(other) is type(self) and place_of(other) == mine:
+                near = alias
+        return like or near
 
     @property
     def has_catalog(self) -> bool:
@@ -89,7 +127,8 @@ class Catalogued:
         from tribrick.models import MediaFile
 
         try:
-            return MediaFile.objects.using(database()).filter(name=name).first()
+            rows = MediaFile.objects.using(database()).filter(name=name)
+            return rows.exclude(storage__in=elsewhere(self)).first()
         except Error as error:
             if strict:
                 raise
@@ -101,7 +140,7 @@ class Catalogued:
         from tribrick import catalog, names
 
         original = names.display_name(names.basename(str(getattr(content, "name", None) or stored.name)))
-        kind = str(getattr(content, "content_type", None) or "")[:100]
+        kind = names.content_type(str(getattr(content, "content_type", None) or ""))
         alias = self.alias or "default"
         catalog.record(stored, original=original, content_type=kind, storage=alias)
         catalog.note_stored(alias, stored.name)

@@ -55,9 +55,12 @@ class DistributedStorage(RemoteStorage, Storage):
 
     def _checked(self, name: str) -> str:
         name = str(name).replace("\\", "/")
-        if not name or "\0" in name or name.startswith("/"):
+        if "\0" in name or {"", ".", ".."} & set(name.split("/")):
             raise SuspiciousFileOperation(f"{name!r} is not a stored file's name")
         return str(validate_file_name(name, allow_relative_path=True))
+
+    def _canonical(self, name: str) -> str:
+        return self._checked(name)
 
     # Names.
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import IO, Any, cast
 
 from django.core.files import File
@@ -91,9 +92,9 @@ class HybridStorage(RemoteStorage, VolumeStorage):
         self._intend(new)
         return new
 
-    def _undone(self, name: str, results: Any) -> bool:
+    def _undone(self, name: str, results: Any, size: int) -> bool:
         try:
-            done = super()._undone(name, results)
+            done = super()._undone(name, results, size)
         finally:
             self._unlink(name)
         return done
@@ -107,6 +108,7 @@ class HybridStorage(RemoteStorage, VolumeStorage):
     def _open(self, name: str, mode: str = "rb") -> File[Any]:
         if set(mode) - set("rbt"):
             raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
+        self._living(name)
         try:
             return VolumeStorage._open(self, name, mode)
         except (FileNotFoundError, NotADirectoryError):
@@ -114,15 +116,31 @@ class HybridStorage(RemoteStorage, VolumeStorage):
         return File(file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8"), name)
 
     def exists(self, name: str) -> bool:
-        """Ask the disk, then the catalog, then the hosts."""
+        """Ask the catalog, and about what it does not know the disk, then the hosts."""
+        row = self._row(self._canonical(name))
+        if row is not None:
+            return row.state == "stored"
         return VolumeStorage.exists(self, name) or self._exists_remotely(name)
 
     def size(self, name: str) -> int:
         """Return the size in bytes."""
+        self._living(name)
         try:
             return VolumeStorage.size(self, name)
         except (FileNotFoundError, NotADirectoryError):
             return self._size_remotely(name)
+
+    def listdir(self, path: str) -> tuple[list[str], list[str]]:
+        """Return directories and files below *path*, as the catalog knows them; without it, those here."""
+        return self._listed(path) if self.has_outbox else VolumeStorage.listdir(self, path)
+
+    def get_created_time(self, name: str) -> datetime:
+        """Return the time of the save."""
+        return self._created(name) if self._living(name) else VolumeStorage.get_created_time(self, name)
+
+    def get_modified_time(self, name: str) -> datetime:
+        """Return the time of the save: stored files never change."""
+        return self._created(name) if self._living(name) else VolumeStorage.get_modified_time(self, name)
 
     @contextlib.contextmanager
     def source(self, name: str, *, besides: str | None = None) -> Iterator[Body]:

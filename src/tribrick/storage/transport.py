@@ -523,7 +523,12 @@ class DefaultTransport:
     # Hooks for subclasses.
 
     def target(self, name: str) -> str:
-        """Return the path that is asked for *name*, percent-encoded."""
+        """Return the path that is asked for *name*, percent-encoded.
+
+        Never one that a server may take for another, or for a directory: nginx removes the tree below ``name/``.
+        """
+        if {"", ".", ".."} & set(name.split("/")):
+            raise ValueError(f"{name!r} is not the name of a file")
         return quote(self.path) + quote(name)
 
     def headers(self, method: str, name: str, body: Body | None) -> dict[str, str]:

@@ -136,6 +136,10 @@ class VolumeStorage(Catalogued, FileSystemStorage):
             directory_mode=self.directory_permissions_mode,
         )
 
+    def check_settings(self) -> None:
+        """Raise ``ImproperlyConfigured`` for settings with which no file could be stored. Touches no disk."""
+        self._mount()
+
     def verify(self) -> str:
         """Read the sentinel again and return a sentence; for health checks."""
         self._mount().call(lambda _root: None, reread=True)
@@ -384,8 +388,10 @@ def _readable(content: File[Any]) -> Iterator[File[Any]]:
         yield content
         return
     if hasattr(content, "storage") or isinstance(content, OpenedFile):  # its storage knows the way
-        yield content.open("rb")
-        content.close()
+        try:
+            yield content.open("rb")
+        finally:
+            content.close()
         return
     path = getattr(content.file, "name", None)
     if isinstance(path, str) and os.path.isabs(path) and os.path.isfile(path):

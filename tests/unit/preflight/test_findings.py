@@ -273,6 +273,12 @@ FAULTS: list[tuple[str, Callable[[], Site], Callable[[Site], Any], list[str]]] =
     ("back end", fresh, in_wish(media_backend="hybird"), ["'hybird'", "Did you mean 'hybrid'?", "Correct it"]),
     ("receiver", fresh, in_wish(receiver_server="apache"), ["tribrick_receiver_server", "'apache'", "lighttpd"]),
     (
+        "receiver that shares directories",
+        fresh,
+        in_wish(media_backend="async", receiver_server="nginx"),
+        ["'nginx'", "media_backend async", "Set tribrick_receiver_server: tribrick"],
+    ),
+    (
         "two receivers",
         fresh,
         in_wish(media_backend="hybrid", app_servers=["node1", "node2"]),

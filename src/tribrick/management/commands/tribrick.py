@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from django.contrib.auth import get_user_model
@@ -120,6 +121,9 @@ class Command(BaseCommand):
         )  # fmt: skip
         one.add_argument("--once", action="store_true", help="do what is due and end")
         one.add_argument("--again", action="store_true", help="first remove the bytes of all deleted files once more")
+        one.add_argument(
+            "--again-unless", metavar="FILE", help="the same, unless FILE is there; it is made when that is done"
+        )
 
         one = command("backfill", self._backfill, "Put every file into the outbox for a new media host")
         storage(one)
@@ -334,18 +338,25 @@ class Command(BaseCommand):
     # Replication.
 
     def _replicate(self, options: dict[str, Any]) -> None:
-        from tribrick.outbox import Worker
+        from tribrick.outbox import Worker, remove_done
 
-        if options["again"]:
-            removed, failed = catalog.finish_deletes(again=True)
-            self._say(f"{removed} removed once more, {failed} failed")
+        marker = Path(options["again_unless"]) if options["again_unless"] else None
+        again = options["again"] or (marker is not None and not marker.exists())
         worker = Worker()
         if options["once"]:
+            removed_again, failed_again = _delete_again(marker) if again else (0, 0)
             delivered = worker.work()
+            remove_done()
             removed, failed = catalog.finish_deletes()
             expired = catalog.expire_tombstones()
-            document = {"delivered": delivered, "removed": removed, "failed": failed, "expired": expired}
+            failed += failed_again
+            document = {
+                "delivered": delivered, "again": removed_again, "removed": removed, "failed": failed,
+                "expired": expired,
+            }  # fmt: skip
             text = f"{delivered} delivered, {removed} deletes finished, {failed} failed, {expired} tombstones expired"
+            if again:
+                text = f"{removed_again} removed once more, {text}"
             self._answer(options, document, [text])
             if failed:
                 raise CommandError(f"{failed} deletes could not be finished", returncode=1)
@@ -358,6 +369,9 @@ class Command(BaseCommand):
                 raise CommandError("the outbox worker ended", returncode=2)
             try:
                 close_old_connections()
+                if again:
+                    self._say("{} removed once more, {} failed".format(*_delete_again(marker)))
+                    again = False  # unless a storage or the database is away, which is an exception
                 catalog.finish_deletes()
                 catalog.expire_tombstones()
             except (StorageError, DatabaseError) as error:
@@ -368,6 +382,14 @@ class Command(BaseCommand):
     def _backfill(self, options: dict[str, Any]) -> None:
         count = audit.backfill(options["host"], options["storage"], self._progress())
         self._answer(options, {"queued": count}, [f"{count} files put into the outbox for {options['host']}"])
+
+
+def _delete_again(marker: Path | None) -> tuple[int, int]:
+    """Remove the bytes of all deleted files once more. What fails for another reason waits for the next start."""
+    removed, failed = catalog.finish_deletes(again=True)
+    if failed == 0 and marker is not None:
+        marker.touch()
+    return removed, failed
 
 
 def _stop_on_signals() -> threading.Event:

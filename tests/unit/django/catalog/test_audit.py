@@ -731,6 +731,22 @@ def test_replicate_finishes_deletes() -> None:
     assert not (root() / row.name).exists()
 
 
+def test_replicate_deletes_again_once_a_boot(tmp_path: Path) -> None:
+    """After a power cut of all nodes a deleted file may be back."""
+    row, marker = add(), tmp_path / "again"
+    catalog.delete(row)
+
+    def back() -> bool:
+        (root() / row.name).write_bytes(b"back")
+        assert tribrick("replicate", "--once", "--again-unless", str(marker))[0] == 0
+        return (root() / row.name).exists()
+
+    assert not back() and marker.exists()
+    assert back(), "it was done since the boot"
+    marker.unlink()
+    assert not back()
+
+
 @pytest.mark.parametrize("arguments", ["'ledger', 'follow', '--interval', '0.1'", "'replicate'"])
 def test_services_end_at_sigterm(arguments: str, tmp_path: Path, process: Process) -> None:
     done = process(

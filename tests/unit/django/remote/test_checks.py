@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from django.core.checks import run_checks
 from django.test import override_settings
 
+from tribrick import checks
 from tribrick.storage import DistributedStorage
 
 REMOTE = {"default": {"BACKEND": "tribrick.storage.DistributedStorage"}}
@@ -43,6 +45,25 @@ def test_a_storage_that_cannot_work_is_an_error(tribrick: Any) -> None:
         messages = found()
     assert list(messages) == ["tribrick.E001"]
     assert 'STORAGES["default"]' in messages["tribrick.E001"].msg
+
+
+VOLUME = {"default": {"BACKEND": "tribrick.storage.VolumeStorage", "OPTIONS": {"location": "/nowhere"}}}
+
+
+@pytest.mark.parametrize(
+    ("tribrick", "said"),
+    [
+        ({}, "SENTINEL_ID"),
+        ({"SENTINEL_ID": "x", "DEADLINE": -1}, "DEADLINE"),
+        ({"SENTINEL_ID": "x", "SENTINAL_NAME": "y"}, "unknown keys: SENTINAL_NAME"),
+        ({"SENTINEL_ID": "x", "COPIES": [{"name": "a", "kind": "path"}]}, "needs name, kind and address"),
+    ],
+)
+def test_settings_that_the_first_upload_would_stumble_over(tribrick: Any, said: str) -> None:
+    with override_settings(STORAGES=VOLUME, TRIBRICK=tribrick):
+        assert said in found()["tribrick.E004"].msg
+    with override_settings(STORAGES=VOLUME, TRIBRICK={"SENTINEL_ID": False}):
+        assert found() == {}
 
 
 def test_the_app_is_asked_for() -> None:
@@ -97,7 +118,7 @@ def _apps() -> list[str]:
     ],
 )
 def test_leftovers_are_named_with_what_to_write(name: str, value: Any, instead: str) -> None:
-    with override_settings(TRIBRICK={}, **{name: value}):
+    with override_settings(TRIBRICK={"SENTINEL_ID": False}, **{name: value}):
         messages = found()
     assert list(messages) == ["tribrick.W001"]
     assert messages["tribrick.W001"].msg.startswith(name)
@@ -121,3 +142,11 @@ def test_storages_of_the_older_packages_are_named_with_their_successor(backend: 
         messages = found()
     assert list(messages) == ["tribrick.E003"]
     assert f"tribrick.storage.{backend.rpartition('.')[2]}" in messages["tribrick.E003"].hint
+
+
+def test_the_setting_that_newer_djangos_do_not_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = SimpleNamespace(DEFAULT_FILE_STORAGE="django_resto.storage.AsyncStorage", STORAGES={}, TRIBRICK={})
+    monkeypatch.setattr(checks, "settings", older)
+    (message,) = checks.check_leftovers()
+    assert message.id == "tribrick.E003"
+    assert 'STORAGES["default"]["BACKEND"] = "tribrick.storage.AsyncStorage"' in str(message.hint)
