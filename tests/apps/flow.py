@@ -1,4 +1,4 @@
-"""One step of the libraries' life on one node: upload, derive, read, renew, delete. Answers with JSON.
+"""One step of the libraries' life on one node: upload, derive, read, renew, sweep, delete. Answers with JSON.
 
 Rows are found by their titles, so the steps share nothing but the database and the volume.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from PIL import Image  # noqa: E402
 from wagtail.documents import get_document_model  # noqa: E402
 from wagtail.images import get_image_model  # noqa: E402
 from wagtail.models import Collection  # noqa: E402
+
+from tribrick import audit  # noqa: E402
 
 # easy-thumbnails 2.10 takes a `default_storage` that nothing has used yet for another storage, and then does not find
 # the thumbnails to delete.
@@ -128,6 +131,13 @@ def renew() -> dict[str, Any]:
     return {key: look(file) for key, file in (originals() | derived()).items()}
 
 
+def sweep() -> dict[str, Any]:
+    """Say what sweep and adopt would take of all this, if it were old."""
+    audit.settled_before = lambda: datetime.now(timezone.utc) + timedelta(hours=1)
+    found = audit.strays("default")
+    return {"seen": found.seen, "strays": [one.name for one in [*found.own, *found.foreign, *found.rests]]}
+
+
 def delete() -> dict[str, Any]:
     picture = Picture.objects.get()
     picture.image.delete()  # with its thumbnails
@@ -144,7 +154,8 @@ def walk() -> dict[str, str]:
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-STEPS: dict[str, Callable[[], dict[str, Any]]] = {step.__name__: step for step in (upload, derive, read, renew, delete)}
+ALL: tuple[Callable[[], dict[str, Any]], ...] = (upload, derive, read, renew, sweep, delete)
+STEPS = {step.__name__: step for step in ALL}
 
 if __name__ == "__main__":
     answer = STEPS[sys.argv[1]]()

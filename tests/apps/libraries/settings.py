@@ -32,6 +32,7 @@ DATABASES = {
 }
 INSTALLED_APPS = [
     "libraries",
+    "tribrick",
     "easy_thumbnails",
     "filer",
     "wagtail.images",

@@ -74,7 +74,7 @@ def test_an_audit_finds_a_flipped_bit_and_a_lost_file(proof: Proof) -> None:
         flip(proof.rig, host, f"{proof.brick}/{flipped}")
     agent.ask("delete", lost)
     wait_until("the audit to be clean again", lambda: last.tribrick("audit")["code"] == 0, 10)
-    # node2 goes on showing the flipped bytes: nothing told its caches that they were changed back. No later test may meet them.
+    # node2 goes on showing the flipped bytes: nothing told its caches that they were changed back.
     agent.ask("delete", flipped)
 
 

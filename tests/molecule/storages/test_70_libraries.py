@@ -84,6 +84,9 @@ def test_upload_here_derive_there_read_and_delete_elsewhere(rig: Rig, step: Step
     gone = {one["name"] for one in (uploaded | derived).values()} - {one["name"] for one in renewed.values()}
     assert not [path for path in there for name in gone if path.endswith(name)], (gone, sorted(there))
 
+    swept = step("node1", "sweep")
+    assert swept["seen"] >= 7 and swept["strays"] == [], "files in use would be taken away, or adopted"
+
     step("node3", "delete")
     for host in NODES:
         wait_until(f"every file to be gone on {host}", lambda host=host: same(walk(rig, host), {}), 10)
