@@ -95,7 +95,8 @@ class Catalogued:
         """The key in ``STORAGES`` of this storage, of one made with the same arguments, or with the same directory."""
         like: str | None = None
         near: str | None = None
-        mine = place_of(self)
+        # Those with media hosts differ in more than the directory.
+        mine = None if hasattr(self, "hosts") else place_of(self)
         for alias, other in in_storages():
             if other is self:
                 return alias

@@ -309,19 +309,20 @@ def test_no_byte_leaves_without_an_intent(site: Any, servers: Hosts, local_files
 
 
 def test_another_node_leaves_the_local_bytes_to_their_own(
-    site: Any, servers: Hosts, make_due: Any, local_files: Any
+    site: Any, servers: Hosts, make_due: Any, local_files: Any, tmp_path: Path
 ) -> None:
     hosts = servers(1)
     storage = site("hybrid", hosts, NODE="here")
     with transaction.atomic():
         name = storage.save("a.txt", ContentFile(b"x"))
         transaction.set_rollback(True)
-    site("hybrid", hosts, NODE="there")
+    (tmp_path / "there").mkdir()
+    site("hybrid", hosts, {"location": str(tmp_path / "there")}, NODE="there")
     make_due()
     Worker().work()
     assert hosts[0].files == {} and local_files() == [name]
     assert [row.host for row in Outbox.objects.filter(done=None)] == ["local:here"]
-    site("hybrid", hosts, NODE="here")
+    site("hybrid", hosts, {"location": str(tmp_path / "local")}, NODE="here")
     Worker().work()
     assert local_files() == []
     assert not Outbox.objects.filter(done=None).exists()

@@ -255,7 +255,7 @@ def test_a_torn_local_copy_is_not_spread(site: Any, servers: Hosts, tmp_path: Pa
 
 def test_two_workers_share_the_work(site: Any, servers: Hosts) -> None:
     hosts = servers(2)
-    storage = site("async", hosts)
+    storage = site("async", hosts, TIMEOUT=30)  # none is to be tried twice, however busy the machine
     names = [storage.save("a.txt", ContentFile(b"x")) for _ in range(15)]
 
     def work() -> None:

@@ -34,6 +34,13 @@ def beside(work: Callable[[], object]) -> threading.Thread:
     return thread
 
 
+def under_way(host: Any) -> None:
+    """Wait until a host has a request in its hands, which it carries out only after a while; the next ones at once."""
+    wait_for(lambda: host._requests == 1, "the request did not come")
+    time.sleep(0.3)  # it is read in a moment
+    host.slow = 0.0
+
+
 def work_for(seconds: float) -> None:
     """Deliver what is due, as the service does."""
     end = time.monotonic() + seconds
@@ -77,14 +84,13 @@ def test_a_put_of_the_worker_that_ends_while_the_file_is_deleted(
     database: None, site: Any, servers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (host,) = hosts = servers(1)
-    storage = site("hybrid", hosts)
+    storage = site("hybrid", hosts, TIMEOUT=10.0)
     name = storage.save("a/b.txt", ContentFile(b"x"))
     host.files.clear()
     audit.backfill(host.host)
-    host.slow = 0.5
+    host.slow = 2.0
     worker = beside(lambda: outbox.Worker().work())
-    time.sleep(0.2)
-    host.slow = 0.0
+    under_way(host)
     execute = storage.execute
 
     def slowly(*args: Any) -> Any:
@@ -103,7 +109,7 @@ def test_numbers_are_not_in_the_order_of_commits(
     database: None, site: Any, servers: Any, make_due: Callable[[], None]
 ) -> None:
     (host,) = hosts = servers(1)
-    storage = site("async", hosts, TIMEOUT=2.0)
+    storage = site("async", hosts, TIMEOUT=10.0)
     name = storage.save("a/b.txt", ContentFile(b"x"))
     outbox.Worker().work()
     host.files.clear()
@@ -112,10 +118,9 @@ def test_numbers_are_not_in_the_order_of_commits(
         beside(lambda: audit.backfill(host.host)).join()
         put, delete = Outbox.objects.filter(done=None).order_by("-id")
         assert (put.operation, delete.operation) == ("put", "delete")
-        host.slow = 1.0
+        host.slow = 2.0
         worker = beside(lambda: outbox.Worker().work())
-        time.sleep(0.4)
-        host.slow = 0.0
+        under_way(host)
     outbox.Worker().work()
     worker.join()
     for _ in range(3):
