@@ -2,7 +2,7 @@
 
 VolumeStorage.save, with and without the catalog's row, against Django's FileSystemStorage.save (no
 fsync) on the lab's mount, in turns; HybridStorage on node1 with node2 and node3 as media hosts against
-VolumeStorage; and the file operations of one save, by `gluster volume profile`, which is off again
+VolumeStorage, both with rows; and the file operations of one save, by `gluster volume profile`, which is off again
 afterwards: if this command is killed, the next run switches it off.
 """
 
@@ -30,12 +30,12 @@ SIZES = {
 }
 BLOCKS, COUNTED, WARM_UP = 6, 200, 10
 WAYS = ("django", "volume", "row", "hybrid")
-PAIRS = (("volume", "django"), ("row", "django"), ("hybrid", "volume"))
+PAIRS = (("volume", "django"), ("row", "django"), ("hybrid", "row"))
 NAMES = {
     "django": "Django's FileSystemStorage, no fsync",
     "volume": "VolumeStorage, durable",
     "row": "VolumeStorage with the catalog's row, durable",
-    "hybrid": "HybridStorage, three copies",
+    "hybrid": "HybridStorage with the catalog's row, three copies",
 }
 COUNT_SIZE = 51_200
 OPTIONS = ("diagnostics.count-fop-hits", "diagnostics.latency-measurement")

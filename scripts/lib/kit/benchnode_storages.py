@@ -42,6 +42,9 @@ def configure(hosts: list[str]) -> None:
     database = dict(site.DATABASES["default"])
     options = dict(database.get("OPTIONS", {}))
     options["options"] = f"{options.get('options', '')} -c search_path={SCHEMA}".strip()
+    # In STORAGES, so that it has what a site's has: rows, intents, the outbox.
+    options_of_hybrid = {"location": str(LOCAL), "base_url": "/media/"}
+    hybrid = {"hybrid": {"BACKEND": "tribrick.storage.HybridStorage", "OPTIONS": options_of_hybrid}} if hosts else {}
     shared = {key: value for key, value in site.TRIBRICK.items() if key.startswith(("SENTINEL", "HASH"))}
     settings.configure(
         DATABASES={"default": {**database, "OPTIONS": options}},
@@ -52,6 +55,7 @@ def configure(hosts: list[str]) -> None:
         STORAGES={
             "default": {"BACKEND": "tribrick.storage.VolumeStorage"},
             "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+            **hybrid,
         },
         TRIBRICK={**shared, "MEDIA_HOSTS": hosts, "NODE": "bench"},
         FILE_UPLOAD_PERMISSIONS=site.FILE_UPLOAD_PERMISSIONS,
@@ -85,15 +89,19 @@ class Saves:
 
     def __init__(self, hosts: list[str]) -> None:
         from django.conf import settings
-        from django.core.files.storage import FileSystemStorage
+        from django.core.files.storage import FileSystemStorage, storages
 
         from tribrick import catalog
-        from tribrick.storage import HybridStorage, VolumeStorage
+        from tribrick.storage import VolumeStorage
 
         self.root = Path(settings.MEDIA_ROOT) / DIRECTORY
         self.saved: list[Callable[[], object]] = []
         self.numbers = itertools.count()
-        django, volume = FileSystemStorage(), VolumeStorage(base_url="/not-in-STORAGES/")
+
+        class WithoutRows(VolumeStorage):
+            catalogued = False
+
+        django, volume = FileSystemStorage(), WithoutRows()
 
         def save(storage: Any) -> Callable[[Any, str], None]:
             def one(content: Any, name: str) -> None:
@@ -111,7 +119,7 @@ class Saves:
         }  # fmt: skip
         if hosts:
             LOCAL.mkdir(mode=0o700)
-            self.ways["hybrid"] = save(HybridStorage(location=LOCAL, base_url="/media/"))
+            self.ways["hybrid"] = save(storages["hybrid"])
 
     def prepare(self) -> None:
         """Make the directories that a rollout makes for a site, for both sides alike."""
