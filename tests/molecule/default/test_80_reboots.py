@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from helpers import LONG, NODES, chance
+from helpers import LONG, NODES, chance, wait_until
 
 FLAG = "/etc/lab/link-down-on-stop"
 BACK = 90  # seconds for everything to be well again after the containers have been started
@@ -47,9 +47,18 @@ def check_order(rig, host, since):
 @pytest.mark.parametrize("node", chance("reboot").sample(NODES, len(NODES) if LONG else 1))
 def test_reboot_of_one_node(rig, node):
     rig.upload(node)
+    # A delete whose unlink was lost, as a power cut of all nodes leaves it: the bytes are back.
+    doomed = rig.upload(node)
+    file = f"/srv/media/{doomed['name']}"
+    answer = rig.request("DELETE", node, f"/api/media/{doomed['name']}", headers=rig.auth, timeout=60)
+    assert answer.status_code == 204, answer.text
+    del rig.known[doomed["name"]]
+    wait_until("its bytes to be gone", lambda: rig.run_root(node, f"test ! -e {file}").returncode == 0, 30)
+    rig.root(node, f"echo back > {file}")
     since = reboot(rig, [node])
     rig.settle(BACK)
     check_order(rig, node, since)
+    wait_until("the deleted file to be gone again", lambda: rig.run_root(node, f"test ! -e {file}").returncode == 0, 60)
 
 
 @pytest.mark.parametrize("link_down", [False, True], ids=["network stopped", "link taken down"])
