@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from helpers import NODES, chance, wait_until
-from judged import acknowledged, faults, verdict
+from judged import CLEAN, acknowledged, faults, hold, verdict
 
-HOLD = 5.0
+HOLD = hold(5.0)
 # What an operator runs; the other faults end by themselves or with the disk.
 RECOVERY = {"brick-kill": ["recover_heal"], "brick-freeze": ["recover_heal"]}
 ONE = ("brick-kill", "brick-freeze", "disk-full", "inodes-full", "read-only", "disk-wiped")
@@ -15,7 +15,7 @@ ONE = ("brick-kill", "brick-freeze", "disk-full", "inodes-full", "read-only", "d
 
 @pytest.mark.parametrize(("fault", "node"), faults(*ONE))
 def test_two_bricks_are_enough(run, fault, node):
-    with run.nemesis.under(fault, [node], RECOVERY.get(fault, ())):
+    with run.nemesis.under(fault, [node], RECOVERY.get(fault, ()), clean=CLEAN):
         holds = run.history.now()
         for what in ("upload", "read"):
             wait_until(
