@@ -7,7 +7,7 @@ import os
 from faults import workload
 from faults.checker import RED, Report
 from faults.torture import Run, summary
-from helpers import LONG, NODES, chance
+from helpers import LONG, NODES, chance, wait_until
 
 ONLY = os.environ.get("TRIBRICK_ONLY", "").split()
 CLIENTS = 8
@@ -54,3 +54,15 @@ def acknowledged(run: Run, since: float, what: str, hosts: tuple[str, ...]) -> i
     events = run.history.since(since)
     begun = {e.op for e in events if e.kind == "invoke" and e.what == what}
     return sum(e.kind == "ok" and e.op in begun and e.host in hosts and e.status in (200, 201, 204) for e in events)
+
+
+def goes_on(
+    run: Run, hosts: tuple[str, ...] = NODES, whats: tuple[str, ...] = ("upload",), deadline: float = 60
+) -> None:
+    """Wait until each of these hosts has acknowledged two operations of each kind that began after now."""
+    since = run.history.now()
+    for what in whats:
+        wait_until(
+            f"{what}s through {', '.join(hosts)}",
+            lambda what=what: all(acknowledged(run, since, what, (host,)) >= 2 for host in hosts), deadline,
+        )  # fmt: skip
