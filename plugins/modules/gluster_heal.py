@@ -84,6 +84,8 @@ class Work:
         self.node: str = module.params["node"]
         self.path: str = module.params["brick_path"]
         self.cli = Cli(module.run_command, self.node, 120)
+        # GlusterFS looks at each entry that waits before it tells how many they are.
+        self.patient = Cli(module.run_command, self.node, max(120, module.params["timeout"]))
         self.commands: list[str] = []
 
     def start_force(self) -> None:
@@ -128,7 +130,7 @@ class Work:
         launched = renewed = False
         asked = began
         while True:
-            bricks = self.cli.heal(self.name)
+            bricks = self.patient.heal(self.name)
             left, now = left_to_heal(bricks), time.monotonic()
             history.append((now, left))
             if obstacles := heal_obstacles(bricks):
