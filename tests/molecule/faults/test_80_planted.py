@@ -7,9 +7,10 @@ import subprocess
 import pytest
 
 from faults import observer
-from faults.checker import Report, report
+from faults.checker import RED, report
 from faults.history import Event, History
 from faults.torture import Run
+from faults.workload import EXTENSION
 from helpers import LONG, NODES, SEED, wait_until
 from kit import faults
 from kit.lab import ROOT
@@ -61,57 +62,37 @@ for label in sys.stdin.read().split():
 """
 
 
-@pytest.fixture
-def judged(request, rig):
-    """A run with a little load that ended well: something to spoil."""
+def test_files_spoilt_behind_glusters_back(rig):
+    """One run that ended well; then a file is gone from one brick, a byte flips on another, a file goes everywhere."""
     place = ROOT / ".lab" / "test" / "faults" / "planted"
-    run = Run(rig.lab, Console(), f"{SEED}-{request.node.name}", place, clients=3, renames=False, largest=131_073)
+    run = Run(rig.lab, Console(), f"{SEED}-planted", place, clients=3, renames=False, largest=131_073)
     run.nemesis.recover()
     run.start()
     wait_until("load", lambda: len(run.load.known.files) >= 10, 120)
     run.load.finish()
     assert not run.judge().red, "red before anything was broken"
-    return run
+    known = run.load.known.files
+    gone, flipped, nowhere = sorted(known, key=lambda name: known[name][1])[-3:]
 
-
-def victim(run: Run) -> str:
-    """Return the stored name of a file that nobody deleted."""
-    return max(run.load.known.files, key=lambda name: run.load.known.files[name][1])
-
-
-def again(run: Run) -> Report:
-    """Judge once more."""
-    run.directory = ""
-    return run.judge()
-
-
-def test_a_flipped_byte_on_one_brick(judged, rig):
-    path = f"{rig.brick}/{victim(judged)}"
-    flip = "import sys; f = open(sys.argv[1], 'r+b'); b = f.read(1); f.seek(0); f.write(bytes([b[0] ^ 1]))"
-    rig.root("node2", f'python3 -c "{flip}" {path}')
-    result = again(judged)
-    assert result.red and result.counts["corrupt"] == 1, result.line()
-
-
-def test_a_file_removed_behind_glusters_back(judged, rig):
-    for node in NODES:
-        rig.root(node, f"rm {rig.brick}/{victim(judged)}")
-    result = again(judged)
-    assert result.red and result.counts["lost"] == 1, result.line()
-
-
-def test_a_file_removed_on_one_brick(judged, rig):
-    rig.root("node3", f"rm {rig.brick}/{victim(judged)}")
-    seen = observer.look(rig.lab, "brick", "node3", [victim(judged)])
-    assert [one.state for one in seen] == ["absent"]
+    rig.root("node3", f"rm {rig.brick}/{gone}")
     # Looking through a mount lets Gluster put it back, so only the bricks are asked.
-    names = list(judged.load.known.files)
-    listed = observer.listing(rig.lab, judged.token, "node1", ".bin")
+    listed = observer.listing(rig.lab, run.token, "node1", EXTENSION)
     places = [place for place in observer.places() if place.startswith("brick")]
-    found = report(
-        judged.seed, judged.history.events, observer.look_everywhere(rig.lab, names, ("brick",)), listed, places
-    )
-    assert found.counts["lost"] == 1, found.line()
+    seen = observer.look_everywhere(rig.lab, list(known), ("brick",))
+    assert [(one.place, one.name) for one in seen if one.state == "absent"] == [("brick node3", gone)]
+    found = report(run.seed, run.history.events, seen, listed, places)
+    assert found.red and found.counts["lost"] == 1, found.line()
+
+    flip = "import sys; f = open(sys.argv[1], 'r+b'); b = f.read(1); f.seek(0); f.write(bytes([b[0] ^ 1]))"
+    rig.root("node2", f'python3 -c "{flip}" {rig.brick}/{flipped}')
+    for node in NODES:
+        rig.root(node, f"rm {rig.brick}/{nowhere}")
+    found = run.judge()
+    words = {one.name: one.verdict for one in found.verdicts}
+    assert found.red and (words[flipped], words[nowhere]) == ("corrupt", "lost"), found.line()
+    assert found.counts["corrupt"] == 1 and {word for word in words.values() if word in RED} == {"corrupt", "lost"}
+    for name in (gone, flipped, nowhere):  # nobody else is to find them
+        assert rig.request("DELETE", "node1", f"/api/media/{name}", headers=rig.auth).status_code == 204
 
 
 def plant(rig, history: History, seed: str, form: str, directory: str, node: str, size: int) -> None:
