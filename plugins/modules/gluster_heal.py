@@ -50,6 +50,7 @@ healed: {description: The largest number of entries that waited., returned: succ
 seconds: {description: How long healing took., returned: success, type: float}
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -71,6 +72,8 @@ from ansible_collections.tribrick.media.plugins.module_utils.recovery import (
     left_to_heal,
     stuck,
 )
+
+AGAIN = 5  # seconds without progress before a heal is asked for once more
 
 
 class Work:
@@ -136,6 +139,7 @@ class Work:
         began, full = time.monotonic(), self.module.params["full"]
         history: list[tuple[float, int]] = []
         launched = renewed = False
+        asked = began
         while True:
             bricks = self.cli.heal(self.name)
             left, now = left_to_heal(bricks), time.monotonic()
@@ -147,7 +151,7 @@ class Work:
             elif left == 0 and (launched or not full):
                 return max(count for _, count in history), now - began
             if not launched and not obstacles:
-                launched = True
+                launched, asked = True, now
                 words = ["volume", "heal", self.name, *(["full"] if full else [])]
                 self.commands.append(f"gluster {' '.join(words)}")
                 if self.module.check_mode:
@@ -156,6 +160,12 @@ class Work:
                     self.crawl(words)
                 else:
                     self.text(*words)
+            elif left and not obstacles and now - asked >= AGAIN and stuck(history, now, AGAIN):
+                # What came up during a crawl waits for the next one, which is up to heal-timeout away. A daemon that is
+                # busy may refuse; then that one comes all the same.
+                asked = now
+                with contextlib.suppress(GlusterError):
+                    self.text("volume", "heal", self.name)
             if now - began > self.module.params["timeout"]:
                 raise Refused(
                     f"{left} entries are still to be healed after {now - began:.0f} s; run again to wait longer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import random
@@ -58,6 +59,11 @@ class History:
     def now(self) -> float:
         """Return the seconds since the start."""
         return round(time.monotonic() - self.started, 4)
+
+    def since(self, moment: float) -> list[Event]:
+        """Return the events from a moment on."""
+        with self._lock:
+            return self.events[bisect.bisect_left(self.events, moment, key=lambda event: event.time) :]
 
     def number(self) -> int:
         """Return a number for a new operation."""

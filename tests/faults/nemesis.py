@@ -26,7 +26,7 @@ SCENARIOS: dict[str, dict[str, int]] = {
     "quorum_loss": {"two-killed": 2, "all-power-cut": 3},
     "mount_loss": {"mount-kill": 1, "mount-hang": 1},
     "maintenance": {"glusterd-kill": 1, "glusterd-restart": 1},
-    "database_loss": {"database-stop": 0, "database-cut": 0, "database-restart": 0},
+    "database_loss": {"database-stop": 0, "database-cut": 0, "database-restart": 0, "database-full": 0},
 }  # fmt: skip
 ALIASES = {"two-killed": "kill", "disks-full": "disk-full", "all-power-cut": "power-cut"}
 NOTHING = "none"
@@ -71,8 +71,10 @@ class Nemesis:
                 yield name, self.chance.sample(list(NODES), members[name])
 
     @contextlib.contextmanager
-    def under(self, name: str, hosts: list[str], recovery: Sequence[str] = ()) -> Iterator[faults.Fault]:
-        """Let a fault hold for the time of the block, then wait until all is clean again.
+    def under(
+        self, name: str, hosts: list[str], recovery: Sequence[str] = (), clean: bool = True
+    ) -> Iterator[faults.Fault]:
+        """Let a fault hold for the time of the block, then wait until it is over and, unless told not to, all is clean.
 
         *recovery* is the playbook that an operator would run instead of lifting the fault, with its arguments.
         """
@@ -93,8 +95,9 @@ class Nemesis:
             fault.lift()
             wait_for(self.console, f"the end of {name}", fault.ended, deadline=120)
             self.history.mark("ended", where)
-        self.recover(where)
         self.done.append(name)
+        if clean:
+            self.recover(where)
 
     def recover(self, where: str = "") -> None:
         """Wait until the lab is clean; for a brick that stays away, do what an operator would."""

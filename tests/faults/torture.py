@@ -17,7 +17,7 @@ from faults import observer, timeline
 from faults.checker import RED, Report, report
 from faults.history import History, operations
 from faults.nemesis import CLEAN_WAIT, NOTHING, SCENARIOS, Nemesis, choices
-from faults.workload import EXTENSION, Workload
+from faults.workload import EXTENSION, PAUSE, Workload
 from kit.faults import inside
 from kit.lab import NODES, Lab, _name, containers
 from kit.run import Console, KitError, wait_for
@@ -59,6 +59,7 @@ class Run:
     clients: int = 8
     renames: bool = True
     largest: int = 8 * 1024 * 1024
+    pause: float = PAUSE
 
     def __post_init__(self) -> None:
         """Open the history."""
@@ -71,8 +72,9 @@ class Run:
         self.token = account(self.lab, f"judge-{self.mark}")
         self.directory = f"judge-{self.mark}" if self.renames else ""
         self.load = Workload(
-            self.lab, self.token, self.seed, self.history, self.clients, directory=self.directory, largest=self.largest
-        )
+            self.lab, self.token, self.seed, self.history, self.clients, directory=self.directory, largest=self.largest,
+            pause=self.pause,
+        )  # fmt: skip
 
     @property
     def root(self) -> str:
@@ -119,7 +121,7 @@ class Run:
         self.history.close()
         result = report(self.seed, self.history.events, seen, listed, observer.places())
         self._write(result)
-        if self.directory:
+        if self.directory and not result.red:  # what was found is to be looked at
             inside(self.lab, observer.FIRST, f"rm -r {self.root}/{self.directory}", deadline=120)
         if self.load.problems:
             raise KitError(f"The load was not what it should be: {'; '.join(self.load.problems)}")

@@ -21,7 +21,7 @@ from kit.lab import NODES, Lab
 
 CONNECT, ANSWER = 3.0, 20.0  # how long a client waits: for a connection, then for (the rest of) an answer
 BUDGET = 24 * 1024 * 1024  # bytes that one client leaves alive: the disks are small
-PAUSE = 0.02
+PAUSE = 0.02  # at most so long does a client wait between two operations
 EXTENSION = ".bin"  # no picture: the site makes no thumbnail of it
 
 # Runs on a node; makes and renames files on the mount. One line of JSON in, one out. Contents as in history.content.
@@ -88,6 +88,7 @@ class Workload:
     clients: int = 8
     readers: Sequence[str] = tuple(NODES)
     largest: int = 8 * 1024 * 1024
+    pause: float = PAUSE
     known: Known = field(default_factory=Known)
     stop: threading.Event = field(default_factory=threading.Event)
     threads: list[threading.Thread] = field(default_factory=list)
@@ -135,7 +136,7 @@ class Workload:
         session = self._session()
         own: dict[str, tuple[str, int]] = {}
         number = 0
-        while not self.stop.wait(PAUSE * chance.random()):
+        while not self.stop.wait(self.pause * chance.random()):
             alive = sum(size for _, size in own.values())
             what = chance.choices(("upload", "read", "replace", "delete"), weights=(40, 35, 12, 13))[0]
             if alive > BUDGET:
@@ -260,7 +261,7 @@ class Workload:
         """Watch one node all the time."""
         chance = random.Random(f"{self.seed} reader {node}")
         session = self._session()
-        while not self.stop.wait(3 * PAUSE):
+        while not self.stop.wait(3 * self.pause):
             self._read(session, f"reader-{node}", node, chance)
 
     # --- the mounts
@@ -270,7 +271,7 @@ class Workload:
         mount = MountClient(self.lab, node)
         own: list[tuple[str, str, int]] = []  # label, name, size
         number = 0
-        while not self.stop.wait(0.1 + 10 * PAUSE * chance.random()):
+        while not self.stop.wait(0.1 + 10 * self.pause * chance.random()):
             op = self.history.number()
             if own and chance.random() < 0.6:
                 label, name, size = own.pop(chance.randrange(len(own)))

@@ -1028,13 +1028,73 @@ class DatabaseRestart(DatabaseStop):
         """Nothing to lift."""
 
 
+class DatabaseFull(DatabaseStop):
+    """PostgreSQL's disk is full: it answers, and stores nothing more.
+
+    The lab's database lies on this machine's disk, which nobody wants to fill. So its data is moved to a small file
+    system first, and back in the end; PostgreSQL is stopped for either.
+    """
+
+    name = "database-full"
+    summary = "PostgreSQL's data is moved to a small disk, which is filled"
+    spare: ClassVar[int] = 48  # MiB that are free before the disk is filled
+    data: ClassVar[str] = "set -eu; set -- $(pg_lsclusters -h); data=$6"  # the one cluster's directory
+
+    def inject(self) -> None:
+        """Move, unless that was done before, and fill."""
+        script = f"""{self.data}; small=$data.small
+if ! mountpoint -q $data; then
+  systemctl stop 'postgresql*'
+  mkdir -p $small
+  mount -t tmpfs -o size=$(($(du -sm $data | cut -f1) + {self.spare}))m tmpfs $small
+  cp -a $data/. $small/
+  mount --bind $small $data
+  umount $small
+  rmdir $small
+  systemctl start postgresql
+fi
+for step in 64k 4k; do dd if=/dev/zero bs=$step 2>&1 >>$data/filler | grep -q 'No space left'; done
+"""
+        inside(self.lab, DATABASE[0], script, deadline=120)
+
+    def proof(self) -> str:
+        """Another 4 KiB cannot be stored beside PostgreSQL's files, and its port is open."""
+        probe = f"{self.data}; head -c 4096 /dev/zero 2>&1 >$data/probe || :; rm -f $data/probe"
+        if "No space left" not in inside(self.lab, DATABASE[0], probe):
+            raise KitError("PostgreSQL's disk was to be full.")
+        if (seen := reach(self.lab.addresses[DATABASE[0]], self.port)) != "open":
+            raise KitError(f"PostgreSQL was to run on its full disk, but its port is {seen}.")
+        return "no space left beside PostgreSQL's files; its port is open"
+
+    def free(self) -> None:
+        """Give the space back, as an operator would; the data stays where it is."""
+        inside(self.lab, DATABASE[0], f"{self.data}; rm -f $data/filler")
+
+    def lift(self) -> None:
+        """Give the space back and move the data home."""
+        script = f"""{self.data}; kept=$data.kept
+mountpoint -q $data || exit 0
+rm -f $data/filler
+systemctl stop 'postgresql*'
+rm -rf $kept
+cp -a $data $kept
+sync -f $kept
+umount $data
+rm -rf $data
+mv $kept $data
+systemctl reset-failed 'postgresql*'
+systemctl start postgresql
+"""
+        inside(self.lab, DATABASE[0], script, deadline=120)
+
+
 FAULTS: dict[str, type[Fault]] = {
     fault.name: fault
     for fault in (
         Kill, PowerCut, Pause, Silence, OneWay, Partition, Alone, Bridge, Flapping,
         BrickKill, BrickFreeze, DiskFull, InodesFull, ReadOnly, DiskWiped,
         MountKill, MountHang, GlusterdKill, GlusterdRestart,
-        DatabaseStop, DatabaseCut, DatabaseRestart,
+        DatabaseStop, DatabaseCut, DatabaseRestart, DatabaseFull,
     )
 }  # fmt: skip
 

@@ -41,6 +41,7 @@ SUBNETS = {
     "bare": "198.18.3.0/24",
     "backends": "198.18.4.0/24",
     "storages": "198.18.5.0/24",
+    "faults": "198.18.6.0/24",
 }
 FIRST_FREE_SUBNET = 16
 NODES = {"node1": 11, "node2": 12, "node3": 13}

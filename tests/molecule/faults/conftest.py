@@ -8,7 +8,7 @@ import pytest
 
 from faults.torture import Run
 from helpers import SEED, Rig
-from judged import CLIENTS, LARGEST, ONLY
+from judged import CLIENTS, LARGEST, ONLY, PAUSE
 from kit.lab import ROOT
 from kit.run import Console
 
@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def run(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Run]:
     """Load on all nodes for as long as the file's tests last. Its last test calls `verdict`."""
     name = word(request.path)
-    run = Run(rig.lab, Console(), f"{SEED}-{name}", ROOT / ".lab" / "test" / "faults" / name, CLIENTS, largest=LARGEST)
+    place = ROOT / ".lab" / "test" / "faults" / name
+    run = Run(rig.lab, Console(), f"{SEED}-{name}", place, CLIENTS, largest=LARGEST, pause=PAUSE)
     run.nemesis.recover()
     run.start()
     yield run

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from helpers import NODES, wait_until
-from judged import acknowledged, faults, verdict
+from helpers import NODES
+from judged import CLEAN, faults, goes_on, hold, verdict
 
-HOLD = 8.0
+HOLD = hold(8.0)
+FAULTS = ("kill", "power-cut", "pause", "silence")
 # A silent or hung node stops the others until Gluster's ping-timeout (20 s), at worst twice.
 STALL = {"kill": 20.0, "power-cut": 60.0, "pause": 60.0, "silence": 60.0}
 
 
-@pytest.mark.parametrize(("fault", "node"), faults("kill", "power-cut", "pause", "silence"))
+@pytest.mark.parametrize(("fault", "node"), faults(*FAULTS))
 def test_the_others_go_on(run, fault, node):
     others = tuple(other for other in NODES if other != node)
-    with run.nemesis.under(fault, [node]):
-        holds = run.history.now()
-        for what in ("upload", "read"):
-            wait_until(
-                f"{what}s through {' and '.join(others)} while {node} is lost",
-                lambda what=what: all(acknowledged(run, holds, what, (other,)) >= 2 for other in others),
-                STALL[fault],
-            )
+    with run.nemesis.under(fault, [node], clean=CLEAN):
+        goes_on(run, others, ("upload", "read"), STALL[fault])
         run.nemesis.hold(HOLD)
-    back = run.history.now()
-    wait_until(f"uploads through {node} again", lambda: acknowledged(run, back, "upload", (node,)), 60)
+    goes_on(run)
 
 
 def test_verdict(run):
-    assert set(run.nemesis.done) == {"kill", "power-cut", "pause", "silence"}
+    assert set(run.nemesis.done) == set(FAULTS)
     verdict(run)

@@ -7,16 +7,16 @@ import itertools
 import pytest
 
 from helpers import LONG, NODES, chance, wait_until
-from judged import acknowledged, verdict
+from judged import CLEAN, acknowledged, hold, verdict
 from kit import faults
 
 ORDERS = list(itertools.permutations(NODES))
-HOLD = 8.0
+HOLD = hold(8.0)
 
 
 @pytest.mark.parametrize("left", NODES if LONG else (chance("left").choice(NODES),))
 def test_two_nodes_down(run, rig, left):
-    with run.nemesis.under("two-killed", [node for node in NODES if node != left]):
+    with run.nemesis.under("two-killed", [node for node in NODES if node != left], clean=CLEAN):
         wait_until(f"{left} to refuse", lambda: rig.request("GET", left, "/readyz", timeout=10).status_code == 503, 60)
         late = run.history.now()
         answer = rig.try_upload(left, b"alone", "alone.bin", timeout=60)
@@ -30,7 +30,7 @@ def test_power_cut_of_all_nodes(run, rig, order):
     """Started one after the other: the first alone must wait."""
     before = run.history.now()
     wait_until("load", lambda: acknowledged(run, before, "upload", NODES) >= 10, 120)
-    with run.nemesis.under("all-power-cut", list(order)):
+    with run.nemesis.under("all-power-cut", list(order), clean=CLEAN):
         first = order[0]
         faults.power_on(rig.lab, [first])
         wait_until(f"{first} to boot", lambda: faults.running(rig.lab, [first]) is None, 60)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from helpers import NODES, wait_until
-from judged import acknowledged, faults, nodes, verdict
+from judged import CLEAN, acknowledged, faults, goes_on, nodes, verdict
 
 BACK = 30.0
 
 
 @pytest.mark.parametrize("node", nodes("mount-kill"))
 def test_killed(run, rig, node):
-    with run.nemesis.under("mount-kill", [node]):
+    with run.nemesis.under("mount-kill", [node], clean=CLEAN):
         start = run.history.now()
         wait_until(f"{node} to be ready", lambda: rig.ready(node), BACK)
         wait_until(f"uploads through {node}", lambda: acknowledged(run, start, "upload", (node,)), BACK)
@@ -22,13 +22,10 @@ def test_killed(run, rig, node):
 def test_hung(run, rig, fault, node):
     """The recovery is the playbook's: it frees the mount while its process still hangs."""
     others = tuple(other for other in NODES if other != node)
-    with run.nemesis.under(fault, [node], ["recover_mount", "-e", f"node={node}"]):
-        holds = run.history.now()
+    with run.nemesis.under(fault, [node], ["recover_mount", "-e", f"node={node}"], clean=CLEAN):
         answer = rig.try_upload(node, b"hung", "hung.bin", timeout=60)
         assert answer.status_code == 503 and "Retry-After" in answer.headers, answer.text
-        wait_until(
-            "uploads elsewhere", lambda: all(acknowledged(run, holds, "upload", (o,)) >= 2 for o in others), 30
-        )
+        goes_on(run, others, deadline=30)
     wait_until(f"{node} to be ready", lambda: rig.ready(node), BACK)
 
 

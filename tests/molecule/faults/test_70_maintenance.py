@@ -7,19 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from faults.history import content
-from helpers import NODES, sha256, wait_until
-from judged import acknowledged, faults, verdict
+from helpers import NODES, sha256
+from judged import CLEAN, faults, goes_on, hold, verdict
 
-HOLD = 5.0
+HOLD = hold(5.0)
 LARGE = 32 * 1024 * 1024
 
 
 @pytest.mark.parametrize(("fault", "node"), faults("glusterd-kill"))
 def test_no_glusterd(run, fault, node):
     """Bricks and mounts go on without it."""
-    with run.nemesis.under(fault, [node]):
-        holds = run.history.now()
-        wait_until("uploads", lambda: all(acknowledged(run, holds, "upload", (host,)) >= 2 for host in NODES), 60)
+    with run.nemesis.under(fault, [node], clean=CLEAN):
+        goes_on(run)
         run.nemesis.hold(HOLD)
 
 
@@ -28,7 +27,7 @@ def test_restart_of_glusterd_during_a_large_upload(run, rig, fault, node):
     wanted = content(run.seed, "large", LARGE)
     with ThreadPoolExecutor(1) as pool:
         upload = pool.submit(rig.upload, node, wanted, "large.bin", timeout=120)
-        with run.nemesis.under(fault, [node]):
+        with run.nemesis.under(fault, [node], clean=CLEAN):
             row = upload.result()
     for host in NODES:
         assert sha256(rig.fetch(host, row, timeout=60).content) == sha256(wanted)
@@ -41,8 +40,7 @@ def test_rolling_reboot(run, rig):
         rig.docker("stop", "--time=100", rig.container(node))
         run.history.mark(f"holds {node} is down", node)
         others = tuple(other for other in NODES if other != node)
-        down = run.history.now()
-        wait_until("uploads", lambda: all(acknowledged(run, down, "upload", (o,)) >= 1 for o in others), 60)  # noqa: B023
+        goes_on(run, others)
         run.history.mark("lift", node)
         rig.docker("start", rig.container(node))
         run.nemesis.recover(node)
