@@ -59,6 +59,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
     Cli,
     GlusterError,
+    GlusterSlow,
     Refused,
     coordinator,
     identify,
@@ -141,7 +142,13 @@ class Work:
         launched = renewed = False
         asked = began
         while True:
-            bricks = self.cli.heal(self.name)
+            try:
+                bricks = self.cli.heal(self.name)
+            except GlusterSlow:
+                # It looks at each entry that waits: thousands of them take minutes, and healing goes on meanwhile.
+                if time.monotonic() - began > self.module.params["timeout"]:
+                    raise
+                continue
             left, now = left_to_heal(bricks), time.monotonic()
             history.append((now, left))
             if obstacles := heal_obstacles(bricks):

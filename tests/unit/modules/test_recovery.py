@@ -12,12 +12,13 @@ from ansible_collections.tribrick.media.plugins.module_utils import contradictio
 from ansible_collections.tribrick.media.plugins.modules import (
     brick_quarantine,
     brick_tree,
+    gluster_heal,
     gluster_state,
     media_lookup,
     media_mount,
 )
 
-from .conftest import read
+from .conftest import Gluster, read
 
 # --- healing ---
 
@@ -389,3 +390,39 @@ def test_a_change_time_of_zero(tmp_path, monkeypatch):
 
     monkeypatch.setattr(brick_tree.os, "getxattr", getxattr)
     assert [name for name in ("zero", "seen", "short", "none", "good") if brick_tree.timeless(name)] == ["zero", "seen"]
+
+
+# --- the module gluster_heal ---
+
+SUMMARY = "volume heal media info summary"
+HEAL = {"name": "media", "node": "node1", "nodes": ["node1", "node2", "node3"], "brick_path": "/srv/brick"}
+
+
+def test_a_heal_info_that_takes_long_is_waited_for(run):
+    """It looks at each entry, and thousands of them take minutes; healing goes on meanwhile."""
+    fake = Gluster({"pool list": read("pool_three"), SUMMARY: [(124, "", ""), (124, "", ""), read("heal_ok")]})
+    ended = run(gluster_heal, fake, state="clean", **HEAL)
+    assert not ended.failed and fake.calls.count(SUMMARY) == 3
+
+
+def test_but_not_for_ever(run, clock):
+    def late():
+        clock.now += 600
+        return (124, "", "")
+
+    fake = Gluster({"pool list": read("pool_three")})
+    ended = run(
+        gluster_heal,
+        lambda command, **more: late() if "heal" in command else fake(command, **more),
+        state="clean", timeout=1000, **HEAL,
+    )  # fmt: skip
+    assert ended.failed and "no answer within" in str(ended) and 1000 < clock.now < 2000
+
+
+def test_a_heal_is_asked_for_whatever_waits(run):
+    fake = Gluster({"pool list": read("pool_three"), "--mode=script volume heal media": ""})
+    ended = run(gluster_heal, fake, state="asked", **HEAL)
+    assert not ended.failed and ended.result["commands"] == ["gluster volume heal media"]
+    second = Gluster({"pool list": read("pool_three_view2")})
+    other = run(gluster_heal, second, state="asked", **{**HEAL, "node": "node2"})
+    assert not other.failed and other.result["commands"] == []
