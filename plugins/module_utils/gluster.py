@@ -79,6 +79,10 @@ class GlusterBusy(GlusterError):
     """Another transaction holds the cluster's lock; the same command may succeed soon."""
 
 
+class GlusterSlow(GlusterError):
+    """No answer in time."""
+
+
 class Refused(Exception):
     """The wanted state cannot or must not be reached from what was found."""
 
@@ -959,7 +963,7 @@ class Cli:
         full = ["timeout", "-k", "5", str(self.timeout), *command]
         code, out, err = self.run_command(full, environ_update={"LC_ALL": "C", "LANG": "C", "LANGUAGE": "C"})
         if code in (124, 137):
-            raise GlusterError(
+            raise GlusterSlow(
                 f"no answer within {self.timeout} s; the change may still go on, run again",
                 command,
                 self.host,

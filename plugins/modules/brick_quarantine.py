@@ -13,6 +13,7 @@ description:
     lookup through the mount then makes the file anew from the other bricks.
   - A file is moved only while it still is what it was when it was judged (SHA-256, size and identity). Others are left.
   - Nothing is deleted. Killed in between, it is finished by the next run.
+  - Returns what the quarantine holds, of earlier runs too, for C(media_lookup), which makes mounts forget wrong copies.
 options:
   path: {description: The brick's directory., type: path, required: true}
   quarantine: {description: Directory that keeps them; on the brick's file system., type: path, required: true}
@@ -33,9 +34,11 @@ EXAMPLES = r"""
 RETURN = r"""
 moved: {description: Names that were (would be) moved., returned: always, type: list, elements: str}
 left: {description: Names that are no longer what they were., returned: always, type: list, elements: str}
+kept: {description: "Name -> modification times (ns) of what the quarantine holds.", returned: always, type: dict}
 """
 
 import os
+import re
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry
@@ -51,11 +54,42 @@ def sync(directory: str) -> None:
 
 def move(brick: str, quarantine: str, name: str, gfid: str) -> None:
     """The name first: until its link is gone, too, a killed run leaves a file that nobody can reach by name."""
-    source, target = os.path.join(brick, name), os.path.join(quarantine, f"{name.replace('/', '%')}.{gfid}")
+    source, target = os.path.join(brick, name), free_place(quarantine, name, gfid)
     os.rename(source, target)
     sync(quarantine)
     sync(os.path.dirname(source))
     unlink_gfid(brick, target, gfid)
+
+
+def free_place(quarantine: str, name: str, gfid: str) -> str:
+    """Where a copy goes: beside an earlier one of the same file, never over it."""
+    flat, number = name.replace("/", "%"), 0
+    while True:
+        target = os.path.join(quarantine, f"{flat}.~{number}~.{gfid}" if number else f"{flat}.{gfid}")
+        if not os.path.lexists(target):
+            return target
+        number += 1
+
+
+def times(path: str) -> list[int]:
+    """The modification times that a mount may have shown of a copy: GlusterFS's own record of it, and the brick's."""
+    found = [os.lstat(path).st_mtime_ns]
+    try:
+        record = os.getxattr(path, "trusted.glusterfs.mdata", follow_symlinks=False)
+    except OSError:
+        return found
+    if len(record) >= 41:  # a byte, 8 bytes of flags, then seconds and nanoseconds of change and of modification
+        found.append(int.from_bytes(record[25:33], "big") * 10**9 + int.from_bytes(record[33:41], "big"))
+    return found
+
+
+def held(quarantine: str) -> dict[str, list[int]]:
+    """Name -> modification times of the copies in the quarantine."""
+    found: dict[str, list[int]] = {}
+    for one in sorted(os.listdir(quarantine)) if os.path.isdir(quarantine) else []:
+        name = re.sub(r"\.~\d+~$", "", one.rpartition(".")[0]).replace("%", "/")
+        found.setdefault(name, []).extend(times(os.path.join(quarantine, one)))
+    return found
 
 
 def unlink_gfid(brick: str, target: str, gfid: str) -> None:
@@ -95,7 +129,7 @@ def main() -> None:
         (moved if same else left).append(name)
         if same and not module.check_mode:
             move(brick, quarantine, name, now["gfid"])
-    module.exit_json(changed=bool(moved), moved=moved, left=left)
+    module.exit_json(changed=bool(moved), moved=moved, left=left, kept=held(quarantine))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ description:
     on, one that died is started, and so is the self-heal daemon. A brick without the volume's mark is refused.
   - With O(state=clean), the first node of O(nodes) that is there asks for a heal and waits until no brick has anything
     left to heal. The other nodes change nothing and return at once.
+  - With O(state=asked), it only asks for a heal, also when copies of other files contradict each other.
   - When the number of waiting entries does not fall for O(patience) seconds, the self-heal daemon is started anew,
     once.
   - Fails as soon as healing cannot come to its end, because a brick is away or copies contradict each other.
@@ -21,7 +22,7 @@ options:
   node: {description: The name of the node that this runs on., type: str, required: true}
   nodes: {description: Names of all nodes of the pool., type: list, elements: str, required: true}
   brick_path: {description: The brick's directory on this node., type: path, required: true}
-  state: {description: What to reach., type: str, choices: [running, clean], required: true}
+  state: {description: What to reach., type: str, choices: [running, asked, clean], required: true}
   full: {description: Compare everything and not only what is marked., type: bool, default: false}
   timeout: {description: Seconds until healing must have ended., type: int, default: 3600}
   patience:
@@ -58,6 +59,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
     Cli,
     GlusterError,
+    GlusterSlow,
     Refused,
     coordinator,
     identify,
@@ -84,8 +86,6 @@ class Work:
         self.node: str = module.params["node"]
         self.path: str = module.params["brick_path"]
         self.cli = Cli(module.run_command, self.node, 120)
-        # GlusterFS looks at each entry that waits before it tells how many they are.
-        self.patient = Cli(module.run_command, self.node, max(120, module.params["timeout"]))
         self.commands: list[str] = []
 
     def start_force(self) -> None:
@@ -121,16 +121,34 @@ class Work:
         state = find_brick(self.path)
         return "the brick does not run" * (not state) or "the self-heal daemon does not run" * (not self.healer())
 
-    def clean(self) -> tuple[int, float]:
+    def speaks(self) -> bool:
+        """Whether this is the node that asks for all."""
         members = identify(self.cli.pool(), self.module.params["nodes"], self.node, resolve)
-        if coordinator(self.module.params["nodes"], self.node, members) != self.node:
+        return coordinator(self.module.params["nodes"], self.node, members) == self.node
+
+    def asked(self) -> None:
+        if not self.speaks():
+            return
+        words = ("volume", "heal", self.name)
+        self.commands.append(f"gluster {' '.join(words)}")
+        if not self.module.check_mode:
+            self.text(*words)
+
+    def clean(self) -> tuple[int, float]:
+        if not self.speaks():
             return 0, 0.0
         began, full = time.monotonic(), self.module.params["full"]
         history: list[tuple[float, int]] = []
         launched = renewed = False
         asked = began
         while True:
-            bricks = self.patient.heal(self.name)
+            try:
+                bricks = self.cli.heal(self.name)
+            except GlusterSlow:
+                # It looks at each entry that waits: thousands of them take minutes, and healing goes on meanwhile.
+                if time.monotonic() - began > self.module.params["timeout"]:
+                    raise
+                continue
             left, now = left_to_heal(bricks), time.monotonic()
             history.append((now, left))
             if obstacles := heal_obstacles(bricks):
@@ -209,7 +227,7 @@ def main() -> None:
             "node": {"type": "str", "required": True},
             "nodes": {"type": "list", "elements": "str", "required": True},
             "brick_path": {"type": "path", "required": True},
-            "state": {"type": "str", "choices": ["running", "clean"], "required": True},
+            "state": {"type": "str", "choices": ["running", "asked", "clean"], "required": True},
             "full": {"type": "bool", "default": False},
             "timeout": {"type": "int", "default": 3600},
             "patience": {"type": "int", "default": 120},
@@ -221,6 +239,8 @@ def main() -> None:
     try:
         if module.params["state"] == "running":
             work.running()
+        elif module.params["state"] == "asked":
+            work.asked()
         else:
             healed, seconds = work.clean()
     except (GlusterError, Refused) as error:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 from ansible_collections.tribrick.media.plugins.module_utils import contradictions, gluster, recovery
-from ansible_collections.tribrick.media.plugins.modules import brick_quarantine, brick_tree, gluster_state, media_mount
+from ansible_collections.tribrick.media.plugins.modules import (
+    brick_quarantine,
+    brick_tree,
+    gluster_heal,
+    gluster_state,
+    media_lookup,
+    media_mount,
+)
 
-from .conftest import read
+from .conftest import Gluster, read
 
 # --- healing ---
 
@@ -306,6 +316,15 @@ def test_a_wrong_copy_is_kept_and_its_link_is_gone(brick):
     assert (quarantine / f"photos%a.jpg.{GFID}").read_bytes() == b"bad"
 
 
+def test_an_earlier_copy_in_the_quarantine_stays(brick):
+    root, _, quarantine = brick
+    for content in (b"bad", b"worse", b"worst"):
+        (root / "photos" / "a.jpg").write_bytes(content)
+        brick_quarantine.move(str(root), str(quarantine), "photos/a.jpg", GFID)
+    assert sorted(one.read_bytes() for one in quarantine.iterdir()) == [b"bad", b"worse", b"worst"]
+    assert {name: len(times) for name, times in brick_quarantine.held(str(quarantine)).items()} == {"photos/a.jpg": 3}
+
+
 def test_the_link_that_a_killed_run_left_is_removed_and_no_other(brick):
     root, link, quarantine = brick
     (root / "photos" / "a.jpg").rename(quarantine / f"photos%a.jpg.{GFID}")
@@ -314,6 +333,45 @@ def test_the_link_that_a_killed_run_left_is_removed_and_no_other(brick):
     link.write_bytes(b"made anew")  # the healed file has the same identity
     brick_quarantine.unlink_gfid(str(root), str(quarantine / f"photos%a.jpg.{GFID}"), GFID)
     assert link.exists()
+
+
+def test_the_quarantine_tells_names_and_times(brick, monkeypatch):
+    root, _, quarantine = brick
+    # As read on a brick: what mounts show is GlusterFS's own record, of whole nanoseconds, and not the brick's time.
+    record = bytes.fromhex("01" + 16 * "0" + 2 * "000000006b07cdea000000001bf42b9e" + 32 * "0")
+
+    def getxattr(path, name, follow_symlinks=True):
+        if not path.endswith(GFID):
+            raise OSError
+        return record
+
+    monkeypatch.setattr(os, "getxattr", getxattr, raising=False)
+    assert brick_quarantine.held(str(root / "nowhere")) == {}
+    os.utime(root / "photos" / "a.jpg", ns=(5, 7))
+    brick_quarantine.move(str(root), str(quarantine), "photos/a.jpg", GFID)
+    (quarantine / f"photos%a.jpg.{GFID[::-1]}").write_bytes(b"another")
+    os.utime(quarantine / f"photos%a.jpg.{GFID[::-1]}", ns=(5, 9))
+    assert {name: sorted(times) for name, times in brick_quarantine.held(str(quarantine)).items()} == {
+        "photos/a.jpg": [7, 9, 0x6B07CDEA * 10**9 + 0x1BF42B9E]
+    }
+
+
+def test_what_was_mended_gets_another_time_once(tmp_path):
+    """The time is a new one for every copy in any quarantine, the same on whichever node it is set, and set once."""
+    for name, time in {"mended": 7, "replaced": 20, "whole": 7}.items():
+        (tmp_path / name).write_bytes(b"good")
+        os.utime(tmp_path / name, ns=(5, time))
+    kept = media_lookup.together([{"mended": [7], "gone": [1]}, {}, {"mended": [8], "replaced": [21]}])
+    assert kept == {"mended": [7, 8], "gone": [1], "replaced": [21]}
+
+    def ask():
+        asked = json.dumps({"names": ["whole", "gone"], "renew": [], "refresh": kept, "memory": 0})
+        words = [sys.executable, "-c", media_lookup.PROGRAM, str(tmp_path)]
+        return json.loads(subprocess.run(words, input=asked, capture_output=True, text=True, check=True).stdout)
+
+    assert ask() == [1, ["mended"]]
+    assert ask() == [1, []]
+    assert {one.name: one.stat().st_mtime_ns for one in tmp_path.iterdir()} == {"mended": 9, "replaced": 20, "whole": 7}
 
 
 def test_a_change_time_of_zero(tmp_path, monkeypatch):
@@ -332,3 +390,39 @@ def test_a_change_time_of_zero(tmp_path, monkeypatch):
 
     monkeypatch.setattr(brick_tree.os, "getxattr", getxattr)
     assert [name for name in ("zero", "seen", "short", "none", "good") if brick_tree.timeless(name)] == ["zero", "seen"]
+
+
+# --- the module gluster_heal ---
+
+SUMMARY = "volume heal media info summary"
+HEAL = {"name": "media", "node": "node1", "nodes": ["node1", "node2", "node3"], "brick_path": "/srv/brick"}
+
+
+def test_a_heal_info_that_takes_long_is_waited_for(run):
+    """It looks at each entry, and thousands of them take minutes; healing goes on meanwhile."""
+    fake = Gluster({"pool list": read("pool_three"), SUMMARY: [(124, "", ""), (124, "", ""), read("heal_ok")]})
+    ended = run(gluster_heal, fake, state="clean", **HEAL)
+    assert not ended.failed and fake.calls.count(SUMMARY) == 3
+
+
+def test_but_not_for_ever(run, clock):
+    def late():
+        clock.now += 600
+        return (124, "", "")
+
+    fake = Gluster({"pool list": read("pool_three")})
+    ended = run(
+        gluster_heal,
+        lambda command, **more: late() if "heal" in command else fake(command, **more),
+        state="clean", timeout=1000, **HEAL,
+    )  # fmt: skip
+    assert ended.failed and "no answer within" in str(ended) and 1000 < clock.now < 2000
+
+
+def test_a_heal_is_asked_for_whatever_waits(run):
+    fake = Gluster({"pool list": read("pool_three"), "--mode=script volume heal media": ""})
+    ended = run(gluster_heal, fake, state="asked", **HEAL)
+    assert not ended.failed and ended.result["commands"] == ["gluster volume heal media"]
+    second = Gluster({"pool list": read("pool_three_view2")})
+    other = run(gluster_heal, second, state="asked", **{**HEAL, "node": "node2"})
+    assert not other.failed and other.result["commands"] == []

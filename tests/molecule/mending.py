@@ -1,0 +1,144 @@
+"""What the tests of corruption and replacement share: files of theirs, the audit, recoveries killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+from faults import observer
+from faults.checker import Seen, wanted_hash
+from faults.history import Event, content
+from faults.torture import Run
+from faults.workload import EXTENSION
+from helpers import LONG, NODES, Rig, Rollout, chance
+from kit.lab import ROOT
+
+# Playbooks that want consent. The long set kills each on its way and runs it again, the short set one of them.
+DESTRUCTIVE = ("recover_split_brain", "recover_brick", "recover_glusterd", "recover_node")
+LIMIT = 1500.0
+
+
+def keep(run: Run, rig: Rig, label: str, size: int, host: str) -> str:
+    """Upload a file that no client reads, so that nobody sees it spoiled; the verdict is about it, too."""
+    op, data = run.history.number(), content(run.seed, label, size)
+    run.history.add(Event(op, "invoke", "upload", 0.0, "test", host, label, size))
+    answer = rig.request(
+        "POST", host, "/api/media/", headers={"Authorization": f"Token {run.token}"},
+        files={"file": (f"{label}{EXTENSION}", data)},
+    )  # fmt: skip
+    assert answer.status_code == 201, f"{host} answered {answer.status_code}: {answer.text[:300]}"
+    name = str(answer.json()["name"])
+    run.history.add(Event(op, "ok", "upload", 0.0, "test", host, label, size, name, status=201))
+    return name
+
+
+@contextlib.contextmanager
+def fault(run: Run, name: str, where: str) -> Iterator[None]:
+    """Mark in the history what is made by hand; at its end the lab has to become clean."""
+    run.console.say(f"{name} on {where}")
+    run.history.mark(f"inject {name}", where)
+    try:
+        yield
+    finally:
+        run.history.mark("ended", where)
+    run.nemesis.recover(where)
+    run.nemesis.done.append(name)
+
+
+def holds(run: Run, proof: str, where: str) -> None:
+    """Mark how the fault is seen from outside."""
+    run.history.mark(f"holds {proof}", where)
+    run.console.say(f"  holds: {proof}")
+
+
+def audit(rig: Rig, host: str) -> dict[tuple[str, str], str]:
+    """Return what the site's audit finds on a node, (copy, name) -> kind; deletes and uploads under way left out.
+
+    By the bricks' hashes alone: the mount may read any brick, and looking there heals what a brick merely lacks.
+    """
+    only = " ".join(f"--copy brick-{node}" for node in NODES)
+    done = rig.run_root(host, f"tribrick audit --json {only}", timeout=300)
+    assert done.returncode in (0, 1), f"{host}: {done.returncode} {done.stdout[-500:]} {done.stderr[-500:]}"
+    said = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{"):])[0]
+    assert not said["away"], said["away"]
+    return {(one["copy"], one["name"]): one["kind"] for one in said["findings"] if one["kind"] not in ("dead", "extra")}
+
+
+def bricks(rig: Rig, name: str) -> dict[str, Seen]:
+    """Return what each brick holds under a name."""
+    return {node: observer.look(rig.lab, "brick", node, [name])[0] for node in NODES}
+
+
+def wrong_places(run: Run, rig: Rig, files: dict[str, tuple[str, int]]) -> list[str]:
+    """Return where files (name -> label, size) are not as they were sent: three web servers, mounts and bricks."""
+    seen = observer.look_everywhere(rig.lab, files)
+    assert len(seen) == 9 * len(files)
+    return [
+        f"{one.place} {one.name}: {one.state} {one.size} B {one.detail}"
+        for one in seen if one.sha256 != wanted_hash(run.seed, *files[one.name])
+    ]  # fmt: skip
+
+
+def turn(name: str) -> bool:
+    """Tell whether a playbook is to be killed on its way in this run."""
+    return name in DESTRUCTIVE and (LONG or name == chance("killed recovery").choice(DESTRUCTIVE))
+
+
+def recovery(run: Run, rig: Rig, name: str, *extra: str) -> Rollout:
+    """Run a recovery's playbook as an operator would; where it is its turn, kill it on its way first."""
+    if turn(name):
+        kill(run, rig, name, *extra)
+    run.history.mark(f"playbook {name}")
+    done = playbook(rig, name, *extra)
+    run.console.say(f"  {name}: exit code {done.code} after {done.seconds:.0f} s")
+    return done.good()
+
+
+def _words(rig: Rig, name: str, *extra: str) -> list[str]:
+    return [*rig.arguments(*extra)[:-1], f"playbooks/{name}.yml"]
+
+
+def playbook(rig: Rig, name: str, *extra: str) -> Rollout:
+    """Run a playbook to its end."""
+    start = time.monotonic()
+    done = subprocess.run(
+        _words(rig, name, *extra), cwd=ROOT, env=rig.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False,
+    )  # fmt: skip
+    return Rollout(done.returncode, done.stdout, time.monotonic() - start)
+
+
+def kill(run: Run, rig: Rig, name: str, *extra: str) -> None:
+    """Run a playbook and kill it, and all that it has started here, in a task that the seed chooses."""
+    listed = subprocess.run(
+        [*_words(rig, name, *extra), "--list-tasks"], cwd=ROOT, env=rig.environment, capture_output=True, text=True,
+        timeout=120, check=True,
+    ).stdout  # fmt: skip
+    tasks = len(re.findall(r"TAGS: \[", listed)) - len(re.findall(r"^  play #", listed, re.MULTILINE))
+    random = chance(f"kill {name} {' '.join(extra)}")
+    number, pause = random.randint(2, tasks), random.random() * 2
+    run.history.mark(f"playbook {name} killed")
+    with subprocess.Popen(
+        _words(rig, name, *extra), cwd=ROOT, env=rig.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        said, task = [], ""
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("TASK ["):
+                task, number = line.strip(" *\n"), number - 1
+                if number == 0:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(pause)  # somewhere within the task
+                    os.killpg(process.pid, signal.SIGKILL)
+                    break
+        process.wait(60)
+    assert number == 0 and process.returncode != 0, "it ended before it was killed:\n" + "".join(said)[-3000:]
+    run.console.say(f"  {name} killed {pause:.1f} s into {task}")
