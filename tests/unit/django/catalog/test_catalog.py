@@ -108,10 +108,10 @@ def test_a_storage_without_store(user: Any) -> None:
 
 def test_a_refused_row_takes_its_bytes_away(files_in: FilesIn) -> None:
     with pytest.raises(DataError):
-        add(content_type="x" * 101)
+        add(node="x" * 300)
     assert files_in(root()) == []
     with pytest.raises(DataError), transaction.atomic():
-        add(content_type="x" * 101)
+        add(node="x" * 300)
     assert files_in(root()) == []
     assert not Change.objects.exists()
 

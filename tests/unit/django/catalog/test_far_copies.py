@@ -204,13 +204,17 @@ def openssl(*arguments: str) -> None:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An authority, a server's and a client's certificate, and a client nobody signed."""
     path = tmp_path_factory.mktemp("certificates")
-    new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    extra = ["-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign"]
-    openssl(*new, "-keyout", f"{path}/ca.key", "-out", f"{path}/ca.pem", "-subj", "/CN=ca", *extra)
-    sign = ["-CA", f"{path}/ca.pem", "-CAkey", f"{path}/ca.key", "-addext", "subjectAltName=DNS:localhost"]
+    # Without the extensions of Debian's own configuration, and with all that Python 3.13 asks for.
+    (path / "plain.cnf").write_text("[req]\ndistinguished_name = name\n[name]\n")
+    new = ["req", "-config", f"{path}/plain.cnf", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    new += ["-nodes", "-days", "2", "-addext", "subjectKeyIdentifier=hash"]
+    authority = ["-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign"]
+    leaf = ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "subjectAltName=DNS:localhost"]
+    openssl(*new, "-keyout", f"{path}/ca.key", "-out", f"{path}/ca.pem", "-subj", "/CN=ca", *authority)
+    sign = ["-CA", f"{path}/ca.pem", "-CAkey", f"{path}/ca.key", "-addext", "authorityKeyIdentifier=keyid", *leaf]
     for name in ("server", "client"):
         openssl(*new, *sign, "-keyout", f"{path}/{name}.key", "-out", f"{path}/{name}.pem", "-subj", f"/CN={name}")
-    openssl(*new, "-keyout", f"{path}/other.key", "-out", f"{path}/other.pem", "-subj", "/CN=other")
+    openssl(*new, "-keyout", f"{path}/other.key", "-out", f"{path}/other.pem", "-subj", "/CN=other", *leaf)
     return path
 
 
