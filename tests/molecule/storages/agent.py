@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import secrets
 import signal
 import sys
 import threading
@@ -108,6 +109,14 @@ def add(name: str, size: int) -> dict[str, Any]:
     """Save random bytes; return the row, its hash taken from the bytes and not from the catalog."""
     content = os.urandom(size)
     return told(catalog.add(ContentFile(content), name)) | {"wanted": sha256(content)}
+
+
+def write(directory: str, size: int) -> dict[str, Any]:
+    """Write random bytes to a file opened under a new name, which is published when it is closed."""
+    content, name = os.urandom(size), f"{directory}/opened-{secrets.token_hex(8)}.bin"
+    with storages["default"].open(name, "wb") as file:
+        file.write(content)
+    return {"name": name, "wanted": sha256(content)}
 
 
 def delete(name: str) -> dict[str, Any]:
@@ -365,7 +374,7 @@ def kill(kind: str, name: str, size: int, at: int) -> str:
 COMMANDS: dict[str, Callable[..., Any]] = {
     work.__name__: work
     for work in (
-        hello, migrate, add, delete, try_add, begin_add, end_add, try_delete, undurable, race, rows, versions,
+        hello, migrate, add, write, delete, try_add, begin_add, end_add, try_delete, undurable, race, rows, versions,
         walk, hashes, guard, calls_inside, command, age, steps, kill,
     )
 }  # fmt: skip

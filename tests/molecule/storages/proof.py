@@ -254,7 +254,8 @@ def make_place(rig: Rig, name: str, sentinel: str) -> str:
     """Make an empty directory on the mount with a sentinel of its own; return its path."""
     root = f"{rig.mount}/{name}"
     text = json.dumps({"tribrick": 1, "volume": name, "id": sentinel})
-    rig.root("node1", f"rm -rf {root}; mkdir {root}; cat > {root}/.tribrick-volume; chown -R tribrick:tribrick {root}",
+    rig.root("node1", f"rm -rf {root}; mkdir {root}; cat > {root}/.tribrick-volume; chown -R tribrick:tribrick {root};"
+                      f" sync {root}/.tribrick-volume",  # a power cut may come soon
              text_in=text)
     show = f"cat {root}/.tribrick-volume"
     for host in NODES:

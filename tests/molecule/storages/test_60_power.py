@@ -12,6 +12,7 @@ from proof import Proof, same
 
 SIZES = (1, 50_000, 2**20, 8 * 2**20)
 CYCLES, EACH = (4, 3) if LONG else (1, 1)
+FORMS = ("add", "write")  # saved under a name of its own making; opened for writing, published when closed
 UNDURABLE = "undurable"
 
 
@@ -21,12 +22,15 @@ def busy(proof: Proof, cycle: int) -> tuple[dict[str, str], list[str]]:
     def work(host: str) -> tuple[list[dict[str, Any]], list[str]]:
         agent, dice = proof.agents[host], chance(f"power {cycle} {host}")
         doomed = [agent.ask("add", "power/doomed.bin", size)["name"] for size in SIZES for _ in range(EACH)]
-        order = [("add", size) for size in SIZES for _ in range(EACH)] + [("delete", name) for name in doomed]
+        order = [(form, size) for form in FORMS for size in SIZES for _ in range(EACH)]
+        order += [("delete", name) for name in doomed]
         dice.shuffle(order)
         kept = []
         for command, what in order:
             if command == "add":
                 kept.append(agent.ask("add", "power/kept.bin", what))
+            elif command == "write":
+                kept.append(agent.ask("write", "power", what))
             else:
                 agent.ask("delete", what)
         return kept, doomed
@@ -41,7 +45,7 @@ def test_power_cut_of_all_bricks(proof: Proof, cycle: int, capsys: pytest.Captur
     rig = proof.rig
     before = proof.check_clean(proof.agents["node1"])
     saved, deleted = busy(proof, cycle)
-    assert len(saved) == len(deleted) == len(NODES) * len(SIZES) * EACH
+    assert len(deleted) == len(NODES) * len(SIZES) * EACH and len(saved) == len(FORMS) * len(deleted)
     # Last of all, what makes no promise: Django's own storage. If all of it survives, the cut took nothing.
     plain: dict[str, str] = {}
     for agent in proof.agents.values():
