@@ -332,3 +332,13 @@ def test_a_change_time_of_zero(tmp_path, monkeypatch):
 
     monkeypatch.setattr(brick_tree.os, "getxattr", getxattr)
     assert [name for name in ("zero", "seen", "short", "none", "good") if brick_tree.timeless(name)] == ["zero", "seen"]
+
+
+def test_names_that_wait_are_told_without_the_entries_that_have_only_an_id() -> None:
+    answer = (
+        "<cliOutput><opRet>0</opRet><healInfo><bricks>"
+        '<brick><file gfid="1">/photos/a.jpg</file><file gfid="2">&lt;gfid:2&gt;</file></brick>'
+        '<brick><file gfid="1">/photos/a.jpg</file><file gfid="3">/photos/b c.jpg</file></brick>'
+        "</bricks></healInfo></cliOutput>"
+    )
+    assert recovery.waiting_names(answer) == ["/photos/a.jpg", "/photos/b c.jpg"]
