@@ -27,7 +27,7 @@ options:
   root:
     description:
       - The media mount. Names that wait without progress are looked up through it. A brick that lost a name after its
-        mark was cleared, as by a power cut in the middle of a heal, gets it back by that, and by no heal (seen on 11.1).
+        mark was cleared, as by a power cut in the middle of a heal, gets it back by that, not by a heal (seen on 11.1).
     type: path
   patience:
     description: Seconds without progress after which the self-heal daemon is started anew.
