@@ -8,7 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ansible_collections.tribrick.media.plugins.module_utils.gluster import BrickHeal, Refused, is_are
+from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
+    BrickHeal,
+    Refused,
+    is_are,
+    parse,
+)
 
 Tree = Mapping[str, Mapping[str, Any]]
 
@@ -16,6 +21,11 @@ Tree = Mapping[str, Mapping[str, Any]]
 def left_to_heal(bricks: Sequence[BrickHeal]) -> int:
     """Entries that wait on any brick. Each brick lists what it knows, so the largest number is the nearest."""
     return max((brick.total or 0 for brick in bricks), default=0)
+
+
+def waiting_names(answer: str) -> list[str]:
+    """Names in `volume heal NAME info` (XML): what waits on any brick, without what is known by its id only."""
+    return sorted({entry.text for entry in parse(answer).iter("file") if entry.text and entry.text.startswith("/")})
 
 
 def heal_obstacles(bricks: Sequence[BrickHeal], absent: Sequence[str] = ()) -> list[str]:

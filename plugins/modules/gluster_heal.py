@@ -25,6 +25,11 @@ options:
   state: {description: What to reach., type: str, choices: [running, asked, clean], required: true}
   full: {description: Compare everything and not only what is marked., type: bool, default: false}
   timeout: {description: Seconds until healing must have ended., type: int, default: 3600}
+  root:
+    description:
+      - The media mount. Names that wait without progress are looked up through it. A brick that lost a name after its
+        mark was cleared, as by a power cut in the middle of a heal, gets it back by that, not by a heal (seen on 11.1).
+    type: path
   patience:
     description: Seconds without progress after which the self-heal daemon is started anew.
     type: int
@@ -72,9 +77,11 @@ from ansible_collections.tribrick.media.plugins.module_utils.recovery import (
     heal_obstacles,
     left_to_heal,
     stuck,
+    waiting_names,
 )
 
 AGAIN = 5  # seconds without progress before a heal is asked for once more
+LOOKUPS = 500  # names looked up at a time
 
 
 class Work:
@@ -172,6 +179,7 @@ class Work:
                 # busy may refuse; then that one comes all the same.
                 asked = now
                 with contextlib.suppress(GlusterError):
+                    self.look_up()
                     self.text("volume", "heal", self.name)
             if now - began > self.module.params["timeout"]:
                 raise Refused(
@@ -190,6 +198,17 @@ class Work:
                     )
                 self.start_force()
             time.sleep(1)  # poll
+
+    def look_up(self) -> None:
+        """Look up what waits by its name: the heal goes by ids, and cannot make a name that a brick has lost."""
+        root = self.module.params["root"]
+        if root and os.path.ismount(root):
+            answer = self.patient.xml("volume", "heal", self.name, "info")
+            names = [name for name in waiting_names(answer) if name != "/"][:LOOKUPS]
+            if names:
+                paths = [os.path.join(root, name.lstrip("/")) for name in names]
+                # In a child with a deadline, since a call on a hung mount does not end. Some may be gone meanwhile.
+                self.module.run_command(["timeout", "-k", "2", "60", "stat", "--format=", "--", *paths])
 
     def crawls(self) -> tuple[frozenset[tuple[str, str]], bool]:
         return full_crawls(self.text("volume", "heal", self.name, "statistics"))
@@ -231,6 +250,7 @@ def main() -> None:
             "full": {"type": "bool", "default": False},
             "timeout": {"type": "int", "default": 3600},
             "patience": {"type": "int", "default": 120},
+            "root": {"type": "path"},
         },
         supports_check_mode=True,
     )

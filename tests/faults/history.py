@@ -89,6 +89,7 @@ class History:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 def to_line(event: Event) -> str:

@@ -32,6 +32,7 @@ ALIASES = {"two-killed": "kill", "disks-full": "disk-full", "all-power-cut": "po
 NOTHING = "none"
 CLEAN_WAIT = 600.0
 PATIENCE = 20.0  # how long a brick may stay away after a fault before recover_heal is run
+STUCK = 75.0  # how long no entry is healed, though the daemon looks every 30 s, before it is run
 
 
 def choices(scenario: str) -> dict[str, int]:
@@ -100,17 +101,22 @@ class Nemesis:
             self.recover(where)
 
     def recover(self, where: str = "") -> None:
-        """Wait until the lab is clean; for a brick that stays away, do what an operator would."""
-        start = time.monotonic()
-        healed = False
+        """Wait until the lab is clean; for a brick that stays away and a stuck heal, do what an operator would."""
+        start = since = time.monotonic()
+        healed, before = False, ""
 
         def probe() -> str | None:
-            nonlocal healed
+            nonlocal healed, before, since
             seen = observer.clean(self.lab, self.under_way)
-            if seen is not None and "brick offline" in seen and not healed and time.monotonic() - start > PATIENCE:
-                healed = True
-                self.console.say(f"  {seen}")
-                self.playbook("recover_heal")
+            now = time.monotonic()
+            if seen != before:
+                before, since = seen or "", now
+            if seen is not None and not healed:
+                away = "brick offline" in seen and now - start > PATIENCE
+                if away or ("wait to be healed" in seen and now - since > STUCK):
+                    healed = True
+                    self.console.say(f"  {seen}")
+                    self.playbook("recover_heal")
             return seen
 
         wait_for(self.console, "the lab to be clean", probe, deadline=CLEAN_WAIT, interval=1.0)

@@ -8,6 +8,7 @@ from faults import workload
 from faults.checker import RED, Report
 from faults.torture import Run, summary
 from helpers import LONG, NODES, chance, wait_until
+from kit.faults import inside
 
 ONLY = os.environ.get("TRIBRICK_ONLY", "").split()
 CLIENTS = 8
@@ -66,3 +67,13 @@ def goes_on(
             f"{what}s through {', '.join(hosts)}",
             lambda what=what: all(acknowledged(run, since, what, (host,)) >= 2 for host in hosts), deadline,
         )  # fmt: skip
+
+
+def joined(run: Run) -> None:
+    """Wait until every mount is connected to every brick: a fault that finds nobody connected proves nothing."""
+    state = f"cat {run.root}/.meta/graphs/active/*-client-*/private"
+
+    def connections(node: str) -> int:
+        return inside(run.lab, node, state, 10, check=False).count("connected = 1\n")
+
+    wait_until("all mounts to be connected to all bricks", lambda: all(connections(n) == len(NODES) for n in NODES), 60)

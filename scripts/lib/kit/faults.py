@@ -117,9 +117,9 @@ def drop_to(addresses: Sequence[str]) -> str:
     return f"ip daddr {{ {', '.join(addresses)} }} counter drop"
 
 
-def can_connect(lab: Lab, host: str, other: str) -> bool:
-    """Tell whether a host's new connection to another one's SSH port opens within two seconds."""
-    script = f"timeout 2 bash -c '</dev/tcp/{lab.addresses[other]}/{SSH_PORT}' 2>/dev/null && echo open || :"
+def can_connect(lab: Lab, host: str, other: str, port: int = SSH_PORT) -> bool:
+    """Tell whether a host's new connection to another one's port opens within two seconds."""
+    script = f"timeout 2 bash -c '</dev/tcp/{lab.addresses[other]}/{port}' 2>/dev/null && echo open || :"
     return "open" in inside(lab, host, script)
 
 
@@ -972,10 +972,15 @@ class DatabaseStop(Fault):
         inside(self.lab, DATABASE[0], "systemctl stop 'postgresql*'", deadline=90)
 
     def proof(self) -> str:
-        """The port refuses."""
-        if (seen := reach(self.lab.addresses[DATABASE[0]], self.port)) == "open":
-            raise KitError(f"PostgreSQL was to be stopped, but its port is {seen}.")
+        """The port opens for no node. Strangers never reach it."""
+        if self.reached():
+            raise KitError("PostgreSQL was to be stopped, but its port is open.")
         return "PostgreSQL's port is closed"
+
+    def reached(self) -> bool:
+        """Tell whether any node that runs connects to PostgreSQL."""
+        nodes = [node for node in NODES if state(self.lab, node) == "running"]
+        return any(can_connect(self.lab, node, DATABASE[0], self.port) for node in nodes)
 
     def lift(self) -> None:
         """Start it."""
@@ -1058,12 +1063,12 @@ for step in 64k 4k; do dd if=/dev/zero bs=$step 2>&1 >>$data/filler | grep -q 'N
         inside(self.lab, DATABASE[0], script, deadline=120)
 
     def proof(self) -> str:
-        """Another 4 KiB cannot be stored beside PostgreSQL's files, and its port is open."""
+        """Another 4 KiB cannot be stored beside PostgreSQL's files, and nodes still connect to it."""
         probe = f"{self.data}; head -c 4096 /dev/zero 2>&1 >$data/probe || :; rm -f $data/probe"
         if "No space left" not in inside(self.lab, DATABASE[0], probe):
             raise KitError("PostgreSQL's disk was to be full.")
-        if (seen := reach(self.lab.addresses[DATABASE[0]], self.port)) != "open":
-            raise KitError(f"PostgreSQL was to run on its full disk, but its port is {seen}.")
+        if not self.reached():
+            raise KitError("PostgreSQL was to run on its full disk, but no node connects to it.")
         return "no space left beside PostgreSQL's files; its port is open"
 
     def free(self) -> None:

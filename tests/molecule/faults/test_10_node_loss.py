@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers import NODES
-from judged import CLEAN, faults, goes_on, hold, verdict
+from judged import CLEAN, faults, goes_on, hold, joined, verdict
 
 HOLD = hold(8.0)
 FAULTS = ("kill", "power-cut", "pause", "silence")
@@ -20,6 +20,7 @@ def test_the_others_go_on(run, fault, node):
         goes_on(run, others, ("upload", "read"), STALL[fault])
         run.nemesis.hold(HOLD)
     goes_on(run)
+    joined(run)
 
 
 def test_verdict(run):

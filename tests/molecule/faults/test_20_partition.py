@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers import NODES, wait_until
-from judged import CLEAN, acknowledged, goes_on, hold, nodes, verdict
+from judged import CLEAN, acknowledged, goes_on, hold, joined, nodes, verdict
 
 HOLD = hold(8.0)
 STALL = 60.0
@@ -32,6 +32,7 @@ def test_the_majority_goes_on_and_the_minority_refuses(run, rig, fault, node):
         run.nemesis.hold(HOLD)
         assert acknowledged(run, holds, "upload", (node,)) == 0, f"{node} has no majority and acknowledged an upload"
     goes_on(run)
+    joined(run)
 
 
 @pytest.mark.parametrize("node", HIT)
@@ -39,6 +40,7 @@ def test_flapping(run, node):
     with run.nemesis.under("flapping", [node], clean=CLEAN) as fault:
         wait_until(f"the link to come and go {TURNS} times", lambda: fault.turns >= TURNS, 60)
     goes_on(run)
+    joined(run)
 
 
 def test_everyone_alone(run, rig):
@@ -49,6 +51,7 @@ def test_everyone_alone(run, rig):
         run.nemesis.hold(hold(45.0))
         assert acknowledged(run, holds, "upload", NODES) == 0, "a node without any other acknowledged an upload"
     goes_on(run)
+    joined(run)
 
 
 @pytest.mark.parametrize("node", HIT)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from helpers import LONG, NODES, chance, wait_until
-from judged import CLEAN, faults, goes_on, hold, verdict
+from helpers import LONG, NODES, chance
+from judged import CLEAN, faults, goes_on, hold, joined, verdict
 
 HOLD = hold(5.0)
 # The brick of a read-only disk ends by itself; the next fault gives it a new disk.
@@ -20,12 +20,12 @@ def recovery(fault, node):
 
 
 @pytest.mark.parametrize(("fault", "node"), faults(*ONE))
-def test_two_bricks_are_enough(run, rig, fault, node):
+def test_two_bricks_are_enough(run, fault, node):
     with run.nemesis.under(fault, [node], recovery(fault, node), clean=CLEAN):
         goes_on(run, whats=("upload", "read"), deadline=90)
         run.nemesis.hold(HOLD)
     if fault != "read-only":
-        wait_until("all bricks to be online", lambda: sorted(rig.bricks_online()) == sorted(NODES), 60)
+        joined(run)
 
 
 def test_two_full_disks(run, rig):

@@ -426,3 +426,13 @@ def test_a_heal_is_asked_for_whatever_waits(run):
     second = Gluster({"pool list": read("pool_three_view2")})
     other = run(gluster_heal, second, state="asked", **{**HEAL, "node": "node2"})
     assert not other.failed and other.result["commands"] == []
+
+
+def test_names_that_wait_are_told_without_the_entries_that_have_only_an_id() -> None:
+    answer = (
+        "<cliOutput><opRet>0</opRet><healInfo><bricks>"
+        '<brick><file gfid="1">/photos/a.jpg</file><file gfid="2">&lt;gfid:2&gt;</file></brick>'
+        '<brick><file gfid="1">/photos/a.jpg</file><file gfid="3">/photos/b c.jpg</file></brick>'
+        "</bricks></healInfo></cliOutput>"
+    )
+    assert recovery.waiting_names(answer) == ["/photos/a.jpg", "/photos/b c.jpg"]
