@@ -292,12 +292,11 @@ def judge_certificates(
     """Certificates by file: (subject, end) of each in it, or why they cannot be read."""
     found = []
     for path, certificates in shown.items():
-        pool = "glusterfs" in os.path.basename(path)
-        mend = (
-            "remove it, then playbooks/deploy_volume.yml and playbooks/reboot_nodes.yml"
-            if pool
-            else "renew it, then playbooks/deploy_site.yml"
-        )
+        mend = "playbooks/renew_certificates.yml -e confirm=yes"
+        if path.endswith("glusterfs.ca"):
+            mend = f"./scripts/new-ca, then {mend}"
+        elif "/receiver/" not in path and "glusterfs" not in os.path.basename(path):
+            mend = "renew it, then playbooks/deploy_site.yml"  # what browsers see is the operator's
         if isinstance(certificates, str):
             text = f"the certificate {path} cannot be read: {certificates}"
             found.append(Finding(f"certificate {path}", config.node, text, "error", mend))
@@ -691,7 +690,8 @@ def see_certificates(config: Config) -> list[Finding]:
         if code != 0:
             why = " ".join((err or out).split())[:200]
             text = f"{own} is not valid under {bundle}: {why}"
-            found.append(Finding("certificate-chain", config.node, text, "error", "playbooks/deploy_volume.yml"))
+            mend = "playbooks/renew_certificates.yml -e confirm=yes"
+            found.append(Finding("certificate-chain", config.node, text, "error", mend))
     return found
 
 

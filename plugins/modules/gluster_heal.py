@@ -80,6 +80,7 @@ from ansible_collections.tribrick.media.plugins.module_utils.recovery import (
     waiting_names,
 )
 
+READY = 60  # seconds for a self-heal daemon that has just been started to be known to glusterd
 AGAIN = 5  # seconds without progress before a heal is asked for once more
 LOOKUPS = 500  # names looked up at a time
 
@@ -139,7 +140,19 @@ class Work:
         words = ("volume", "heal", self.name)
         self.commands.append(f"gluster {' '.join(words)}")
         if not self.module.check_mode:
-            self.text(*words)
+            self.ask(*words)
+
+    def ask(self, *words: str) -> None:
+        """Ask for a heal. glusterd refuses until the self-heal daemon, perhaps just started, is connected to it."""
+        deadline = time.monotonic() + READY
+        while True:
+            try:
+                self.text(*words)
+                return
+            except GlusterError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(1)  # poll
 
     def clean(self) -> tuple[int, float]:
         if not self.speaks():
@@ -173,7 +186,7 @@ class Work:
                 if full:
                     self.crawl(words)
                 else:
-                    self.text(*words)
+                    self.ask(*words)
             elif left and not obstacles and now - asked >= AGAIN and stuck(history, now, AGAIN):
                 # What came up during a crawl waits for the next one, which is up to heal-timeout away. A daemon that is
                 # busy may refuse; then that one comes all the same.
@@ -235,7 +248,7 @@ class Work:
         # An older crawl may be past what was lost meanwhile; its end would be taken for that of ours.
         wait_until(going, str, patience, "an older crawl to end", self.node)
         before = self.crawls()[0]
-        self.text(*words)
+        self.ask(*words)
         wait_until(unfinished, str, patience, "the crawl to end", self.node)
 
 

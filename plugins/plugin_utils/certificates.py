@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the Tribrick authors
 # SPDX-License-Identifier: BSD-3-Clause
-"""Certificates that the controller signs: kept while they fit, made anew when they do not."""
+"""Certificates that the controller signs: kept while they fit, made anew when they do not, or when it is time."""
 
 from __future__ import annotations
 
@@ -27,6 +27,22 @@ def load_certificate(pem):
         return x509.load_pem_x509_certificate(pem.encode()) if pem.strip() else None
     except ValueError:
         return None
+
+
+def load_bundle(pem):
+    """All certificates in *pem*; what cannot be read is as good as none."""
+    try:
+        return x509.load_pem_x509_certificates(pem.encode()) if pem.strip() else []
+    except ValueError:
+        return []
+
+
+def unique(certificates):
+    """One certificate of each name and key, the first: hosts make certificates of one CA of their own."""
+    found = {}
+    for one in certificates:
+        found.setdefault((one.subject.public_bytes(), _identity(one.public_key())), one)
+    return list(found.values())
 
 
 def to_pem(certificate):
@@ -57,11 +73,11 @@ def _start(subject, issuer, public_key, days):
 
 
 def authority(found, key, name, days):
-    """A CA's certificate for *key* called *name*: the *found* one (PEM) if it is that, else a new one."""
+    """A CA's certificate for *key* called *name*: the one *found* (PEM, perhaps among others), else a new one."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    known = load_certificate(found)
-    if known is not None and known.subject == subject and _identity(known.public_key()) == _identity(key.public_key()):
-        return known
+    for known in load_bundle(found):
+        if known.subject == subject and _identity(known.public_key()) == _identity(key.public_key()):
+            return known
     usage = dict.fromkeys(
         ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
          "crl_sign", "encipher_only", "decipher_only"), False,
@@ -87,6 +103,41 @@ def fits(certificate, request, ca):
     except (x509.ExtensionNotFound, InvalidSignature, ValueError, TypeError):
         return False
     return names == wanted
+
+
+def signed_by(certificate, ca):
+    """Whether a CA has signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+def holds(certificate, now=None):
+    """Whether it is valid now, as far as its dates say."""
+    now = now or datetime.now(timezone.utc)
+    return certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
+
+
+def renewal(found, request, ca, days, before=None, now=None):
+    """Why the certificate *found* (PEM) is to be made anew with a new key, empty if it may stay.
+
+    *days*: so long it has to hold yet. *before*: all that were made earlier go, say because a key may be known.
+    """
+    now = now or datetime.now(timezone.utc)
+    known = load_certificate(found)
+    if known is None:
+        return "there is none"
+    if not fits(known, x509.load_pem_x509_csr(request.encode()), ca):
+        return "it does not fit its key, its name, or the CA"
+    if not holds(known, now):
+        return f"it holds from {known.not_valid_before_utc:%Y-%m-%d} to {known.not_valid_after_utc:%Y-%m-%d} only"
+    if known.not_valid_after_utc < now + timedelta(days=days):
+        return f"it ends on {known.not_valid_after_utc:%Y-%m-%d}"
+    if before is not None and known.not_valid_before_utc + _EARLIER < before:
+        return f"it was made before {before:%Y-%m-%d %H:%M}"
+    return ""
 
 
 def issue(found, request, ca, key, days):

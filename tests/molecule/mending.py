@@ -20,7 +20,7 @@ from helpers import LONG, NODES, Rig, Rollout, chance
 from kit.lab import ROOT
 
 # Playbooks that want consent. The long set kills each on its way and runs it again, the short set one of them.
-DESTRUCTIVE = ("recover_split_brain", "recover_brick", "recover_glusterd", "recover_node")
+DESTRUCTIVE = ("recover_split_brain", "recover_brick", "recover_glusterd", "recover_node", "renew_certificates")
 LIMIT = 1500.0
 
 

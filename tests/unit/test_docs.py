@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kit import bench, lab, new_site, testing
+from kit import bench, lab, new_ca, new_site, testing
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE = {"build", "collections", "dist"}
@@ -116,6 +116,8 @@ def wrong_commands(text: str) -> list[str]:
             said = refusal(bench.parser().parse_args, words)
         elif file.name == "lab":
             said = refusal(lab.parser().parse_args, words)
+        elif file.name == "new-ca":
+            said = refusal(new_ca._parser().parse_args, words)
         elif file.name == "new-site":
             said = refusal(new_site._parser().parse_args, words)
         elif file.name == "test":
@@ -127,7 +129,7 @@ def wrong_commands(text: str) -> list[str]:
 
 def playbooks(text: str) -> set[str]:
     """Paths of the playbooks that a text names."""
-    verbs = "deploy|check|recover|reboot|fallback|lab"
+    verbs = "deploy|check|recover|reboot|renew|fallback|lab"
     found = set(re.findall(rf"(?<![\w/.-])((?:playbooks/)?(?:{verbs})_\w+\.yml)\b", text))
     found |= set(re.findall(r"(?<![\w/.-])site\.yml\b", text))
     return {name if "/" in name or name == "site.yml" else f"playbooks/{name}" for name in found}

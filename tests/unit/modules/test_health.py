@@ -140,11 +140,14 @@ def test_certificates_warn_ninety_days_ahead():
     good = {"/etc/ssl/glusterfs.pem": [("CN=node1", now + 91 * day)]}
     assert health.judge_certificates(CONFIG, good, now) == []
     soon = only(health.judge_certificates(CONFIG, {"/etc/ssl/glusterfs.pem": [("CN=node1", now + 89 * day)]}, now))
-    assert soon.severity == "warning" and "in 89 days" in soon.what and "deploy_volume" in soon.command
+    assert soon.severity == "warning" and "in 89 days" in soon.what and "renew_certificates" in soon.command
     # The first of a bundle to end counts.
     bundle = {"/etc/ssl/glusterfs.ca": [("CN=new", now + 999 * day), ("CN=old", now - day)]}
     over = only(health.judge_certificates(CONFIG, bundle, now))
     assert over.severity == "error" and "CN=old" in over.what and "ran out on" in over.what
+    assert over.command.startswith("./scripts/new-ca, then playbooks/renew_certificates.yml")
+    between = only(health.judge_certificates(CONFIG, {"/etc/tribrick/receiver/node.crt": [("CN=node1", now)]}, now))
+    assert between.severity == "warning" and between.command == "playbooks/renew_certificates.yml -e confirm=yes"
     for broken in ("no such file", []):
         assert only(health.judge_certificates(CONFIG, {"/etc/ssl/glusterfs.pem": broken}, now)).severity == "error"
     own = only(health.judge_certificates(CONFIG, {"/etc/tribrick/tls/given.crt": []}, now))

@@ -419,6 +419,14 @@ def test_but_not_for_ever(run, clock):
     assert ended.failed and "no answer within" in str(ended) and 1000 < clock.now < 2000
 
 
+def test_a_daemon_that_has_just_been_started_may_refuse_for_a_moment(run, clock):
+    ask, refusal = "--mode=script volume heal media", (1, "", "Self-heal daemon is not running.")
+    fake = Gluster({"pool list": read("pool_three"), ask: [refusal, refusal, ""]})
+    assert not run(gluster_heal, fake, state="asked", **HEAL).failed and clock.now == 2
+    ended = run(gluster_heal, Gluster({"pool list": read("pool_three"), ask: refusal}), state="asked", **HEAL)
+    assert ended.failed and "not running" in str(ended)
+
+
 def test_a_heal_is_asked_for_whatever_waits(run):
     fake = Gluster({"pool list": read("pool_three"), "--mode=script volume heal media": ""})
     ended = run(gluster_heal, fake, state="asked", **HEAL)
