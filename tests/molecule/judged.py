@@ -63,7 +63,7 @@ def goes_on(
 ) -> None:
     """Wait until each of these hosts has acknowledged one operation of each kind that began after now.
 
-    A replacement is an upload as well. One is enough: a client that asked the lost node is busy for as long as it waits.
+    A replacement is an upload as well. One is enough: a client that asked the lost node is busy while it waits.
     """
     since = run.history.now()
     for what in whats:
