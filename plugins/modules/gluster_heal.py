@@ -94,6 +94,8 @@ class Work:
         self.node: str = module.params["node"]
         self.path: str = module.params["brick_path"]
         self.cli = Cli(module.run_command, self.node, 120)
+        # GlusterFS looks at each entry that waits before it names them.
+        self.patient = Cli(module.run_command, self.node, max(120, module.params["timeout"]))
         self.commands: list[str] = []
 
     def start_force(self) -> None:
