@@ -96,7 +96,7 @@ class Catalogued:
         like: str | None = None
         near: str | None = None
         # Those with media hosts differ in more than the directory.
-        mine = None if hasattr(self, "hosts") else place_of(self)
+        mine = None if hasattr(type(self), "hosts") else place_of(self)
         for alias, other in in_storages():
             if other is self:
                 return alias

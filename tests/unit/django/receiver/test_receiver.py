@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import errno
 import hashlib
 import http.client
@@ -611,6 +612,7 @@ def test_a_disk_that_fails_is_503(direct: Any, tmp_path: Path, monkeypatch: pyte
 def test_no_descriptor_is_left_open(direct: Any) -> None:
     ask = direct()
     ask("PUT", "a/b/warm", ONE)
+    gc.collect()  # what earlier tests have left goes now, and not in the middle of this one
     before = len(os.listdir("/proc/self/fd"))
     for number in range(20):
         ask("PUT", f"a/b/{number}", ONE)
@@ -621,7 +623,7 @@ def test_no_descriptor_is_left_open(direct: Any) -> None:
         ask("HEAD", f"a/b/{number}")
         ask("GET", "a/missing")
         ask("DELETE", f"a/b/{number}")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def head_of(name: str, data: bytes) -> bytes:
