@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import gc
 import errno
+import gc
 import hashlib
 import http.client
 import io
