@@ -162,38 +162,25 @@ def _store(
     storage: str,
     replaces: MediaFile | None,
 ) -> MediaFile:
-    # Where the storage writes work for the hosts into the outbox, that and the row are one transaction.
-    later = getattr(storages[storage], "works_later", False)
-    with together() if later else contextlib.nullcontext():
-        return _store_now(content, name, original, owner, content_type, node, storage, replaces)
-
-
-def _store_now(
-    content: IO[Any] | File[Any],
-    name: str,
-    original: str | None,
-    owner: Any,
-    content_type: str,
-    node: str | None,
-    storage: str,
-    replaces: MediaFile | None,
-) -> MediaFile:
     if original is None:
         original = names.basename(str(getattr(content, "name", "") or name))
     original = names.display_name(original)
-    stored = _store_bytes(storage, content, name)
-    commit = Commit()
-    try:
-        with commit.watched():
-            row = _record(stored, original, owner, content_type, node, storage, None, replaces)
-    except BaseException:
-        if commit.unknown:
-            log.error("unknown whether the row was committed; kept %s", stored.name)
-        else:
-            _discard(storage, stored.name)
-        raise
-    note_stored(storage, stored.name)
-    return row
+    # Where the storage writes work for the hosts into the outbox, that and the row are one transaction.
+    later = getattr(storages[storage], "works_later", False)
+    with together() if later else contextlib.nullcontext():
+        stored = _store_bytes(storage, content, name)
+        commit = Commit()
+        try:
+            with commit.watched():
+                row = _record(stored, original, owner, content_type, node, storage, None, replaces)
+        except BaseException:
+            if commit.unknown:
+                log.error("unknown whether the row was committed; kept %s", stored.name)
+            else:
+                _discard(storage, stored.name)
+            raise
+        note_stored(storage, stored.name)
+        return row
 
 
 def _store_bytes(alias: str, content: IO[Any] | File[Any], name: str) -> StoredFile:
