@@ -37,7 +37,7 @@ def beside(work: Callable[[], object]) -> threading.Thread:
 def under_way(host: Any) -> None:
     """Wait until a host has a request in its hands, which it carries out only after a while; the next ones at once."""
     wait_for(lambda: host._requests == 1, "the request did not come")
-    time.sleep(0.3)  # it is read in a moment
+    time.sleep(0.3)  # from here to its wait the server has no event to ask for
     host.slow = 0.0
 
 
@@ -46,7 +46,7 @@ def work_for(seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         outbox.Worker().work()
-        time.sleep(0.1)
+        time.sleep(0.1)  # the service's own pause between two passes, shorter
 
 
 def test_a_put_slower_than_the_second_delete(database: None, site: Any, servers: Any) -> None:
