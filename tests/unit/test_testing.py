@@ -58,6 +58,14 @@ def test_junit_counts(tmp_path):
     assert any("not today" in problem for problem in outcome.problems)
 
 
+def test_a_failed_test_tells_its_error_and_its_place(tmp_path):
+    text = "def test():\n&gt; assert one\nE   AssertionError: of two words\nE   assert one\n\ntests/unit/x.py:7: AssertionError"
+    outcome = junit(report(tmp_path, f'<testcase name="bad"><failure message="m">{text}</failure></testcase>'))
+    assert outcome.problems == ["bad: tests/unit/x.py:7\n    AssertionError: of two words\n    assert one"]
+    outcome = junit(report(tmp_path, '<testcase name="bad"><error message="no fixture">text</error></testcase>'))
+    assert outcome.problems == ["bad: no fixture"]
+
+
 def test_nothing_collected_is_a_failure(tmp_path):
     assert junit(report(tmp_path, "")).failed == 1
     assert junit(tmp_path / "never-written.xml").failed == 1
@@ -74,6 +82,7 @@ def test_summary_ends_with_the_sum():
     assert text.splitlines()[-1] == "5 passed, 0 failed"
     assert good
     text, good = summary([("a", Outcome(2, 1, ["x"]), 60.0)])
+    assert text.splitlines()[0] == "FAILED a: x", "each failure once more, since the end of a log is what is kept"
     assert text.splitlines()[-1] == "2 passed, 1 failed"
     assert not good
 

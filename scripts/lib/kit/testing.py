@@ -32,6 +32,7 @@ WHEN_NAMED = (FAULTS,)
 LAB = "fresh"  # a lab of its own: somebody's lab `lab` is left alone
 UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0
+REASON_LINES = 12  # of an error, in the closing list
 # Skips that are facts of the machine and say so; any other skipped test counts as failed.
 ALLOWED_SKIPS: tuple[str, ...] = (r"^no IPv6 in this lab", r"^Django \d+\.\d+ is not installed")
 # Debian package -> where its files are, and a program of it that may be elsewhere on the PATH.
@@ -125,6 +126,15 @@ def seed_of_commit() -> str:
     return done.stdout.strip()[:12] if done.returncode == 0 else "0"
 
 
+def reason_of(bad: ET.Element) -> str:
+    """Return why a test failed: the place, and pytest's lines for the error, shortened."""
+    lines = (bad.text or "").splitlines()
+    errors = [line[1:].strip() for line in lines if line.startswith("E ")][:REASON_LINES]
+    places = re.findall(r"^(\S+\.py:\d+)(?:: |$)", bad.text or "", re.MULTILINE)
+    told = errors or (bad.get("message") or "no message").splitlines()[:REASON_LINES]
+    return "\n    ".join([places[-1] if places else "", *(line[:300] for line in told)]).strip()
+
+
 def junit(file: Path) -> Outcome:
     """Read pytest's report; nothing collected, and skips without a known reason, are failures."""
     outcome = Outcome()
@@ -136,7 +146,7 @@ def junit(file: Path) -> Outcome:
         bad = case.find("failure") if case.find("failure") is not None else case.find("error")
         skipped = case.find("skipped")
         if bad is not None:
-            outcome.check(False, f"{name}: {(bad.get('message') or '').splitlines()[:1]}")
+            outcome.check(False, f"{name}: {reason_of(bad)}")
         elif skipped is not None:
             reason = skipped.get("message") or ""
             known = any(re.search(allowed, reason) for allowed in ALLOWED_SKIPS)
@@ -459,10 +469,14 @@ def needs(parts: Mapping[str, Part]) -> None:
 
 
 def summary(results: Sequence[tuple[str, Outcome, float]]) -> tuple[str, bool]:
-    """Return the closing table with its last line, and whether all is well."""
+    """Return the closing list of failures and table with its last line, and whether all is well.
+
+    The failures come once more at the end: of a long log many a CI keeps only that.
+    """
     passed = sum(outcome.passed for _, outcome, _ in results)
     failed = sum(outcome.failed for _, outcome, _ in results)
-    lines = [f"{'part':<14}{'passed':>8}{'failed':>8}{'minutes':>9}"]
+    lines = [f"FAILED {name}: {problem}" for name, outcome, _ in results for problem in outcome.problems]
+    lines += [f"{'part':<14}{'passed':>8}{'failed':>8}{'minutes':>9}"]
     for name, outcome, took in results:
         lines.append(f"{name:<14}{outcome.passed:>8}{outcome.failed:>8}{took / 60:>9.1f}")
         if outcome.passed + outcome.failed == 0:
