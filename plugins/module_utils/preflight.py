@@ -516,7 +516,8 @@ def about_pool(facts: Facts, wish: Wish) -> list[str]:
             f"On {join(hosts)} the volume {volume} exists with other bricks than the inventory says: "
             f"it has {join(bricks)}; wanted are {join(sorted(wanted))}. Correct hosts and "
             "tribrick_brick_path, or choose another tribrick_volume; bricks are never exchanged by "
-            "a rollout."
+            "a rollout. If a new host takes a lost one's place: playbooks/recover_node.yml -e node=NEW "
+            "-e instead_of=LOST -e confirm=yes."
         )
     if len(ids) > 1:
         listed = "; ".join(f"{join(hosts)}: {number}" for number, hosts in ids.items())

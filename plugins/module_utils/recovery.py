@@ -1,10 +1,12 @@
 # Copyright (c) 2026, the Tribrick authors
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the recovery modules decide: pure functions of what was read."""
+"""What the recovery modules decide: pure functions of what was read, but for the mark of a brick."""
 
 from __future__ import annotations
 
+import os
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,6 +73,37 @@ def judge_brick_directory(entries: Sequence[str], mark: str, volume: str, path: 
             f"{path} holds files that are no brick's ({', '.join(sorted(entries)[:3])}); move them away and run again"
         )
     return True
+
+
+def brick_mark(path: str) -> str:
+    """The volume's identity on a brick's directory, empty for none."""
+    try:
+        return str(uuid.UUID(bytes=os.getxattr(path, "trusted.glusterfs.volume-id")))
+    except (OSError, ValueError):
+        return ""
+
+
+def bricks_after(bricks: Sequence[str], old: str, new: str, wanted: Sequence[str]) -> list[str]:
+    """The volume's bricks with *old* replaced by *new*. Refuses when these are not the inventory's, in its order."""
+    if old not in bricks:
+        raise Refused(f"neither {old} nor {new} is a brick of the volume, which has {', '.join(bricks)}")
+    after = [new if brick == old else brick for brick in bricks]
+    if after != list(wanted):
+        raise Refused(
+            f"the inventory's nodes would make the bricks {', '.join(wanted)}, but the volume will have "
+            f"{', '.join(after)}: let the new node stand in gluster_servers where the lost one stood"
+        )
+    return after
+
+
+def let_in(options: Mapping[str, str], who: Mapping[str, str]) -> dict[str, str]:
+    """Lists of the volume's options, by name, that miss somebody, with them added. A list that lets all in stays."""
+    found = {}
+    for name, one in who.items():
+        listed = [word.strip() for word in options.get(name, "*").split(",") if word.strip()]
+        if one not in listed and "*" not in listed:
+            found[name] = ",".join([*listed, one])
+    return found
 
 
 def full_crawls(text: str) -> tuple[frozenset[tuple[str, str]], bool]:

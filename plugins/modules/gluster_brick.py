@@ -43,7 +43,6 @@ commands: {description: What was (in check mode, would be) run., returned: alway
 """
 
 import os
-import uuid
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
@@ -56,15 +55,7 @@ from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
     wait_until,
 )
 from ansible_collections.tribrick.media.plugins.module_utils.health import find_brick
-from ansible_collections.tribrick.media.plugins.module_utils.recovery import judge_brick_directory
-
-
-def mark_of(path: str) -> str:
-    """The volume's identity on a brick's directory, empty for none."""
-    try:
-        return str(uuid.UUID(bytes=os.getxattr(path, "trusted.glusterfs.volume-id")))
-    except (OSError, ValueError):
-        return ""
+from ansible_collections.tribrick.media.plugins.module_utils.recovery import brick_mark, judge_brick_directory
 
 
 def main() -> None:
@@ -103,10 +94,11 @@ def main() -> None:
         volume = cli.volume(name)
         if volume is None or brick not in volume.bricks:
             raise Refused(
-                f"{brick} is no brick of {name}; if {node} is new, run playbooks/recover_node.yml -e node={node}"
+                f"{brick} is no brick of {name}; if {node} is to replace a lost node, run "
+                f"playbooks/recover_node.yml -e node={node} -e instead_of=LOST -e confirm=yes"
             )
         entries = os.listdir(path) if os.path.isdir(path) else []
-        wanted = judge_brick_directory(entries, mark_of(path), volume.uuid, path)
+        wanted = judge_brick_directory(entries, brick_mark(path), volume.uuid, path)
         if not wanted and find_brick(path):
             module.exit_json(changed=False, commands=[])
         if not wanted:

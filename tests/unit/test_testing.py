@@ -59,9 +59,9 @@ def test_junit_counts(tmp_path):
 
 
 def test_a_failed_test_tells_its_error_and_its_place(tmp_path):
-    text = "def test():\n&gt; assert one\nE   AssertionError: of two words\nE   assert one\n\ntests/unit/x.py:7: AssertionError"
+    text = "\n".join(["&gt; assert one", "E   AssertionError: of two words", "E   assert one", "", "tests/x.py:7: "])
     outcome = junit(report(tmp_path, f'<testcase name="bad"><failure message="m">{text}</failure></testcase>'))
-    assert outcome.problems == ["bad: tests/unit/x.py:7\n    AssertionError: of two words\n    assert one"]
+    assert outcome.problems == ["bad: tests/x.py:7\n    AssertionError: of two words\n    assert one"]
     outcome = junit(report(tmp_path, '<testcase name="bad"><error message="no fixture">text</error></testcase>'))
     assert outcome.problems == ["bad: no fixture"]
 

@@ -45,6 +45,7 @@ SUBNETS = {
 }
 FIRST_FREE_SUBNET = 16
 NODES = {"node1": 11, "node2": 12, "node3": 13}
+SPARE = ("node4", 14)  # takes the place of a node that is lost for good
 DATABASE = ("db1", 21)
 OUTSIDER = ("outsider", 31)
 DISKS = ("volume", "xfs")
@@ -95,9 +96,15 @@ class Lab:
         return self.state / "vault-password"
 
     @property
+    def members(self) -> dict[str, int]:
+        """The nodes that the inventory has, in its order, with the last numbers of their addresses."""
+        noted: dict[str, int] = self.recall().get("members") or NODES
+        return noted
+
+    @property
     def disks(self) -> dict[str, disks.Disk]:
         """The nodes' disks, in a lab that was made with `--disks xfs`."""
-        return {node: disks.Disk(self.state / "disks", node) for node in NODES}
+        return {node: disks.Disk(self.state / "disks", node) for node in {**NODES, **self.members}}
 
     def container(self, host: str) -> str:
         """Return the name of a host's container."""
@@ -129,7 +136,7 @@ class Lab:
     @property
     def addresses(self) -> dict[str, str]:
         """The addresses of all hosts, the outsider included."""
-        numbers = {**NODES, DATABASE[0]: DATABASE[1], OUTSIDER[0]: OUTSIDER[1]}
+        numbers = {**NODES, **self.members, DATABASE[0]: DATABASE[1], OUTSIDER[0]: OUTSIDER[1]}
         return {host: self.address(last) for host, last in numbers.items()}
 
     def url(self, host: str) -> str:
@@ -308,6 +315,7 @@ def prepare(
         tag = images.ensure(console, release, kind)
     if not running.keys() & NODES.keys():
         forget_disks(console, lab)
+        lab.note(members=NODES)
     if disk_kind == "xfs":
         ready_disks(console, lab)
     noted = lab.note(
@@ -324,7 +332,7 @@ def prepare(
         overrides = {"tribrick_allow_shared_filesystem": True}
     spec = SiteSpec(
         name="lab" if lab.name == "lab" else f"lab-{lab.name}",
-        nodes={host: lab.address(last) for host, last in NODES.items()},
+        nodes={host: lab.address(last) for host, last in lab.members.items()},
         database_host=(DATABASE[0], lab.address(DATABASE[1])),
         ssh_user=SSH_USER,
         ssh_private_key=lab.state / "id_ed25519",
@@ -347,6 +355,10 @@ def create(console: Console, lab: Lab, noted: dict[str, Any], outsider: bool) ->
         "lab_image": noted["kind"],
         "lab_image_tag": noted["tag"],
         "lab_disks": noted["disks"],
+        "lab_members": [
+            *({"name": host, "address": lab.address(last), "brick": True} for host, last in lab.members.items()),
+            {"name": DATABASE[0], "address": lab.address(DATABASE[1])},
+        ],
         "lab_outsider": outsider or OUTSIDER[0] in containers(lab),
     }
     with console.phase("containers"):

@@ -10,12 +10,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
+from faults.history import content
 from helpers import CLIENT, NODES, wait_until
 from judged import faults, goes_on, nodes, verdict
-from kit.faults import reach, state
-from kit.lab import ROOT, create
+from kit.faults import reach
+from kit.lab import NODES as KIT_NODES
+from kit.lab import ROOT, SPARE, containers, create, http, prepare
 from kit.run import capture
-from mending import fault, holds, kill, playbook, recovery, turn
+from mending import fault, holds, keep, kill, playbook, recovery, turn
 
 WHATS = ("upload", "read")
 STATE = "/var/lib/glusterd"
@@ -96,24 +98,71 @@ def test_the_pool_rejects_a_node(run, rig, node):
     well(rig)
 
 
+def lose(run, rig, node: str) -> None:
+    """Take a node and all that its disk held away."""
+    disk = rig.lab.disks[node]
+    capture(["docker", "rm", "--force", "--volumes", rig.container(node)], deadline=60)
+    disk.unmount()
+    disk.format()
+    assert node not in containers(rig.lab)
+    assert reach(rig.address(node)) != "open"
+    holds(run, f"{node} and its disk are gone", node)
+
+
+def arrive(run, rig, node: str) -> None:
+    """A host without anything, and an empty disk."""
+    rig.lab.disks[node].mount()
+    create(run.console, rig.lab, rig.lab.recall(), outsider=False)
+    assert not rig.root(node, f"ls -A {rig.brick} 2>/dev/null; cat {STATE}/glusterd.info 2>/dev/null || :")
+
+
+def rename(run, rig, old: str, new: str) -> None:
+    """The operator writes the new node into the inventory where the old one stood."""
+    numbers = {SPARE[0]: SPARE[1]} | KIT_NODES
+    names = [new if node == old else node for node in rig.lab.members]
+    rig.lab.note(members={name: numbers[name] for name in names})
+    prepare(run.console, rig.lab, None, None)
+
+
 @pytest.mark.parametrize("node", nodes("node lost"))
 def test_a_node_is_lost_for_good(run, rig, node):
     """A fresh host gets its name and address, and an empty disk."""
-    disk = rig.lab.disks[node]
     with fault(run, "node lost", node):
-        capture(["docker", "rm", "--force", "--volumes", rig.container(node)], deadline=60)
-        disk.unmount()
-        disk.format()
-        assert state(rig.lab, node) == "absent"
-        assert reach(rig.address(node)) != "open"
-        holds(run, f"{node} and its disk are gone", node)
+        lose(run, rig, node)
         goes_on(run, others(node), WHATS, 90)
         lost = f"glusterd on {node} does not answer"
         told(rig, others(node)[0], lost, f"recover_node.yml -e node={node} -e confirm=yes")
-        disk.mount()
-        create(run.console, rig.lab, rig.lab.recall(), outsider=False)
-        assert not rig.root(node, f"ls -A {rig.brick} 2>/dev/null; cat {STATE}/glusterd.info 2>/dev/null || :")
+        arrive(run, rig, node)
         recovery(run, rig, "recover_node", *of(node))
+        run.history.mark("lift", node)
+    goes_on(run, NODES, WHATS, 90)
+    well(rig)
+
+
+@pytest.mark.parametrize("node", nodes("node replaced"))
+def test_a_node_with_another_name_takes_its_place(run, rig, node):
+    """And one of the old name takes it back, with what was stored meanwhile."""
+    spare, left = SPARE[0], others(node)
+    with fault(run, "node replaced", node):
+        lose(run, rig, node)
+        goes_on(run, left, WHATS, 90)
+        playbook(rig, "recover_node", *of(node), f"--extra-vars=instead_of={node}").refused(f"still has {node}")
+        rename(run, rig, node, spare)
+        arrive(run, rig, spare)
+        playbook(rig, "check_preflight").refused("recover_node.yml -e node=NEW -e instead_of=LOST")
+        recovery(run, rig, "recover_node", *of(spare), f"--extra-vars=instead_of={node}")
+        for host in (*left, spare):
+            assert peers(rig, host) == dict.fromkeys({*left, spare} - {host}, "Peer in Cluster")
+        options = rig.volume_state(left[0])["options"]
+        assert sorted(options["auth.ssl-allow"].split(",")) == sorted([*left, spare])
+        name = keep(run, rig, "through-the-spare", 70_000, spare)
+        for host in (*left, spare):
+            status, body = http("GET", f"{rig.lab.url(host)}/media/{name}")
+            assert (status, body) == (200, content(run.seed, "through-the-spare", 70_000)), host
+        lose(run, rig, spare)
+        rename(run, rig, spare, node)
+        arrive(run, rig, node)
+        recovery(run, rig, "recover_node", *of(node), f"--extra-vars=instead_of={spare}")
         run.history.mark("lift", node)
     goes_on(run, NODES, WHATS, 90)
     well(rig)

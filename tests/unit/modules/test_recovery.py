@@ -13,6 +13,7 @@ from ansible_collections.tribrick.media.plugins.modules import (
     brick_quarantine,
     brick_tree,
     gluster_heal,
+    gluster_replace,
     gluster_state,
     media_lookup,
     media_mount,
@@ -186,6 +187,100 @@ def test_only_an_empty_directory_becomes_a_brick():
 def test_what_may_be_of_value_is_refused(entries, mark, words):
     with pytest.raises(gluster.Refused, match=words):
         recovery.judge_brick_directory(entries, mark, VOLUME, "/b")
+
+
+# --- a lost node's place under another name ---
+
+OLD, NEW, OTHER = "lost:/b", "new:/b", "node3:/b"
+
+
+def test_the_new_brick_stands_where_the_old_one_stood():
+    assert recovery.bricks_after([OTHER, OLD], OLD, NEW, [OTHER, NEW]) == [OTHER, NEW]
+    with pytest.raises(gluster.Refused, match="where the lost one stood"):
+        recovery.bricks_after([OTHER, OLD], OLD, NEW, [NEW, OTHER])
+    with pytest.raises(gluster.Refused, match="neither lost:/b nor new:/b"):
+        recovery.bricks_after([OTHER], OLD, NEW, [OTHER, NEW])
+
+
+def test_the_new_node_is_added_to_lists_that_miss_it():
+    options = {"auth.ssl-allow": "node1, lost", "auth.allow": "*"}
+    assert recovery.let_in(options, {"auth.ssl-allow": "new", "auth.allow": "192.0.2.4"}) == {
+        "auth.ssl-allow": "node1,lost,new"
+    }
+    assert recovery.let_in(options, {"auth.ssl-allow": "lost"}) == {}
+    assert recovery.let_in({}, {"auth.allow": "192.0.2.4"}) == {}
+
+
+DETACH = "peer detach lost force"
+
+
+@pytest.fixture
+def replace(run, tmp_path, monkeypatch):
+    """The module on node1, which takes the place of `lost`, a peer that is down."""
+    path = tmp_path / "brick"
+    monkeypatch.setattr(gluster_replace, "find_brick", lambda path: "S")
+    peer = read("pool_three").split("<peer>")[1].replace("node2", "lost").replace("4a2ba81e", "00000000")
+    done = read("set_ok")
+
+    def start(volume="lost", connected=0, online=1, **more):
+        down = peer.replace("<connected>1", f"<connected>{connected}")
+        pool = read("pool_three").replace("<peerStatus>", f"<peerStatus><peer>{down}")
+        bricks = read("volume_started").replace("node1:/srv/gluster/media/brick", f"{volume}:{path}")
+        bricks = bricks.replace("/srv/gluster/media/brick", str(path)).replace("198.18.9.11,", "")
+        state = read("status_ok").replace("/srv/gluster/media/brick", str(path))
+        fake = Gluster({
+            "pool list": pool, "volume info all": bricks,
+            "volume status media": state if online else state.replace("<status>1", "<status>0"),
+            "volume set media auth.allow 198.18.9.12,198.18.9.13,198.18.9.11": done,
+            f"volume replace-brick media lost:{path} node1:{path} commit force": done, DETACH: done,
+        })  # fmt: skip
+        words = {"name": "media", "node": "node1", "nodes": NODES, "lost": "lost", "address": "198.18.9.11"}
+        return fake, run(gluster_replace, fake, **words | {"path": str(path)} | more)
+
+    start.path = path
+    return start
+
+
+def test_a_new_node_takes_the_place_of_a_lost_one(replace):
+    fake, ended = replace()
+    assert not ended.failed, str(ended)
+    assert [line.split()[1] for line in fake.changes] == ["set", "replace-brick"] and replace.path.is_dir()
+    fake, ended = replace(volume="node1")
+    assert not ended.failed and not ended.result["changed"] and not fake.changes, "the second run does nothing"
+
+
+def test_the_lost_node_is_forgotten_when_it_has_no_brick(replace):
+    fake, ended = replace(volume="node1", state="peer")
+    assert not ended.failed and fake.changes == [DETACH]
+    fake, ended = replace(state="peer")
+    assert ended.failed and "has a brick on lost" in str(ended) and not fake.changes
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"connected": 1}, "lost is connected"),
+        ({"nodes": ["node2", "node1", "node3"]}, "where the lost one stood"),
+        ({"nodes": ["node1", "lost", "node3"]}, "the inventory still has lost"),
+        ({"online": 0}, "must be there first: node2"),
+        ({"mount": "/nowhere"}, "nothing is mounted at /nowhere"),
+    ],
+)
+def test_what_would_risk_a_copy_is_refused(replace, more, words):
+    fake, ended = replace(**more)
+    assert ended.failed and words in str(ended) and not fake.changes and not replace.path.exists()
+
+
+def test_a_new_nodes_directory_with_files_is_refused(replace):
+    replace.path.mkdir()
+    (replace.path / "holiday.jpg").touch()
+    fake, ended = replace()
+    assert ended.failed and "files that are no brick's" in str(ended) and not fake.changes
+
+
+def test_check_mode_predicts_the_replacement(replace):
+    fake, ended = replace(check=True)
+    assert not ended.failed and len(ended.result["commands"]) == 2 and not fake.changes
 
 
 # --- a node's identity ---
