@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 PEER_IN_CLUSTER = 3
 PEER_REJECTED = 6
 
-# Set by glusterd itself when a volume is created; not drift unless the profile names them.
+# Set by glusterd itself when a volume is created or a brick replaced; not drift unless the profile names them.
 SET_BY_GLUSTER = frozenset(
     {
         "cluster.granular-entry-heal",
         "nfs.disable",
+        "old.auth.allow",
         "performance.client-io-threads",
         "storage.fips-mode-rchecksum",
         "transport.address-family",

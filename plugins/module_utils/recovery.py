@@ -62,6 +62,9 @@ def judge_brick_directory(entries: Sequence[str], mark: str, volume: str, path: 
     if mark and mark != volume:
         raise Refused(f"{path} is a brick of another volume ({mark}, not {volume}); nothing was changed")
     if ".glusterfs" in entries:
+        if mark and len(entries) == 1:
+            # A brick's process has started on an empty directory. Nobody has marked what it lacks, so nobody fills it.
+            return True
         if not mark:
             raise Refused(
                 f"{path} holds a brick's files without the volume's mark; move the directory away, so that nothing is "

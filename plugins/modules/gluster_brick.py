@@ -80,6 +80,18 @@ def main() -> None:
         if not module.check_mode:
             cli.change("volume", "reset-brick", name, *words)
 
+    def commit_again() -> str:
+        """Empty once it is done. The others connect to a glusterd that was restarted in their own time, and check that
+        before anything changes; this node sees only its own connections to them. It may have started the brick, too."""
+        try:
+            reset(brick, "start")
+            reset(brick, brick, "commit", "force")
+        except GlusterError as error:
+            if f"Host {node} not connected" not in error.message:
+                raise
+            return error.message
+        return ""
+
     def unready_pool() -> str:
         try:
             return "; ".join(unready(nodes, node, identify(cli.pool(), nodes, node, resolve), []))
@@ -122,7 +134,7 @@ def main() -> None:
             commands.append("systemctl restart glusterd.service")
             module.run_command(["timeout", "-k", "5", "120", "systemctl", "restart", "glusterd.service"])
             wait_until(unready_pool, str, 60, "the pool", node)
-            reset(brick, brick, "commit", "force")
+            wait_until(commit_again, str, 60, f"the other nodes to be connected to {node}", node)
         if not module.check_mode:
             wait_until(
                 lambda: find_brick(path), lambda state: "" if state else "no process", 60, f"{brick} to run", node

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from faults import observer
 from faults.checker import Seen, wanted_hash
@@ -114,6 +115,18 @@ def playbook(rig: Rig, name: str, *extra: str) -> Rollout:
     return Rollout(done.returncode, done.stdout, time.monotonic() - start)
 
 
+def family(pid: int) -> list[int]:
+    """Return a process and all that descend from it: Ansible's workers have sessions of their own."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
 def kill(run: Run, rig: Rig, name: str, *extra: str) -> None:
     """Run a playbook and kill it, and all that it has started here, in a task that the seed chooses."""
     listed = subprocess.run(
@@ -137,7 +150,9 @@ def kill(run: Run, rig: Rig, name: str, *extra: str) -> None:
                 if number == 0:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(pause)  # somewhere within the task
-                    os.killpg(process.pid, signal.SIGKILL)
+                    for one in family(process.pid):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(one, signal.SIGKILL)
                     break
         process.wait(60)
     assert number == 0 and process.returncode != 0, "it ended before it was killed:\n" + "".join(said)[-3000:]

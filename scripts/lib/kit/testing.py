@@ -324,7 +324,10 @@ def scenario(name: str) -> Part:
         destroy = "never" if run.keep else "always"
         assert console.log is not None
         before = console.log.stat().st_size if console.log.exists() else 0
-        problem = execute(
+        # Molecule notes down that it has made a lab, and believes that when a lab that was kept is gone.
+        reset = [str(BIN / "molecule"), "reset", f"--scenario-name={name}"]
+        problem = execute(console, run, f"molecule reset {name}", reset, silent, 120) if run.keep else None
+        problem = problem or execute(
             console, run, f"molecule {name}",
             [str(BIN / "molecule"), "test", f"--scenario-name={name}", f"--destroy={destroy}", "--report"],
             show_ansible,

@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from faults.history import content
-from helpers import CLIENT, NODES, wait_until
+from helpers import CLIENT, LONG, NODES, chance, wait_until
 from judged import faults, goes_on, nodes, verdict
 from kit.faults import reach
 from kit.lab import NODES as KIT_NODES
@@ -124,45 +124,47 @@ def rename(run, rig, old: str, new: str) -> None:
     prepare(run.console, rig.lab, None, None)
 
 
-@pytest.mark.parametrize("node", nodes("node lost"))
-def test_a_node_is_lost_for_good(run, rig, node):
+def same_name(run, rig, node: str) -> None:
     """A fresh host gets its name and address, and an empty disk."""
+    lost = f"glusterd on {node} does not answer"
+    told(rig, others(node)[0], lost, f"recover_node.yml -e node={node} -e confirm=yes")
+    arrive(run, rig, node)
+    recovery(run, rig, "recover_node", *of(node))
+
+
+def another_name(run, rig, node: str) -> None:
+    """A host of another name gets its place; then that one is lost, and one of the old name takes the place back."""
+    spare, left = SPARE[0], others(node)
+    playbook(rig, "recover_node", *of(node), f"--extra-vars=instead_of={node}").refused(f"still has {node}")
+    rename(run, rig, node, spare)
+    arrive(run, rig, spare)
+    playbook(rig, "check_preflight").refused("recover_node.yml -e node=NEW -e instead_of=LOST")
+    recovery(run, rig, "recover_node", *of(spare), f"--extra-vars=instead_of={node}")
+    for host in (*left, spare):
+        assert peers(rig, host) == dict.fromkeys({*left, spare} - {host}, "Peer in Cluster")
+    options = rig.volume_state(left[0])["options"]
+    assert sorted(options["auth.ssl-allow"].split(",")) == sorted([*left, spare])
+    assert sorted(options["auth.allow"].split(",")) == sorted(rig.lab.addresses[host] for host in (*left, spare))
+    name = keep(run, rig, "through-the-spare", 70_000, spare)
+    for host in (*left, spare):
+        status, body = http("GET", f"{rig.lab.url(host)}/media/{name}")
+        assert (status, body) == (200, content(run.seed, "through-the-spare", 70_000)), host
+    lose(run, rig, spare)
+    rename(run, rig, spare, node)
+    arrive(run, rig, node)
+    recovery(run, rig, "recover_node", *of(node), f"--extra-vars=instead_of={spare}")
+
+
+WAYS = (same_name, another_name)
+
+
+@pytest.mark.parametrize("way", WAYS if LONG else [chance("node lost").choice(WAYS)])
+@pytest.mark.parametrize("node", nodes("node lost"))
+def test_a_node_is_lost_for_good(run, rig, node, way):
     with fault(run, "node lost", node):
         lose(run, rig, node)
         goes_on(run, others(node), WHATS, 90)
-        lost = f"glusterd on {node} does not answer"
-        told(rig, others(node)[0], lost, f"recover_node.yml -e node={node} -e confirm=yes")
-        arrive(run, rig, node)
-        recovery(run, rig, "recover_node", *of(node))
-        run.history.mark("lift", node)
-    goes_on(run, NODES, WHATS, 90)
-    well(rig)
-
-
-@pytest.mark.parametrize("node", nodes("node replaced"))
-def test_a_node_with_another_name_takes_its_place(run, rig, node):
-    """And one of the old name takes it back, with what was stored meanwhile."""
-    spare, left = SPARE[0], others(node)
-    with fault(run, "node replaced", node):
-        lose(run, rig, node)
-        goes_on(run, left, WHATS, 90)
-        playbook(rig, "recover_node", *of(node), f"--extra-vars=instead_of={node}").refused(f"still has {node}")
-        rename(run, rig, node, spare)
-        arrive(run, rig, spare)
-        playbook(rig, "check_preflight").refused("recover_node.yml -e node=NEW -e instead_of=LOST")
-        recovery(run, rig, "recover_node", *of(spare), f"--extra-vars=instead_of={node}")
-        for host in (*left, spare):
-            assert peers(rig, host) == dict.fromkeys({*left, spare} - {host}, "Peer in Cluster")
-        options = rig.volume_state(left[0])["options"]
-        assert sorted(options["auth.ssl-allow"].split(",")) == sorted([*left, spare])
-        name = keep(run, rig, "through-the-spare", 70_000, spare)
-        for host in (*left, spare):
-            status, body = http("GET", f"{rig.lab.url(host)}/media/{name}")
-            assert (status, body) == (200, content(run.seed, "through-the-spare", 70_000)), host
-        lose(run, rig, spare)
-        rename(run, rig, spare, node)
-        arrive(run, rig, node)
-        recovery(run, rig, "recover_node", *of(node), f"--extra-vars=instead_of={spare}")
+        way(run, rig, node)
         run.history.mark("lift", node)
     goes_on(run, NODES, WHATS, 90)
     well(rig)

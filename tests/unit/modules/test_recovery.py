@@ -171,6 +171,7 @@ VOLUME = "11111111-1111-4111-8111-111111111111"
 def test_only_an_empty_directory_becomes_a_brick():
     assert recovery.judge_brick_directory([], "", VOLUME, "/b")
     assert recovery.judge_brick_directory([], VOLUME, VOLUME, "/b")  # emptied, the mark is still there
+    assert recovery.judge_brick_directory([".glusterfs"], VOLUME, VOLUME, "/b")  # a process has started on nothing
     assert not recovery.judge_brick_directory([".glusterfs", "photos"], VOLUME, VOLUME, "/b")
 
 
