@@ -143,7 +143,7 @@ def check_spool(**_: Any) -> list[CheckMessage]:
         hint = 'Put "tribrick" into INSTALLED_APPS and run migrate.'
         text = 'TRIBRICK["SPOOL"]: without the catalog nobody would know what is in the spool, so it is not used.'
         found.append(Error(text, hint=hint, id="tribrick.E005"))
-    if spooling and given.get("SPOOL_COPIES") == 1:
+    if spooling and str(given.get("SPOOL_COPIES")) == "1":
         text = (
             'TRIBRICK["SPOOL_COPIES"] is 1: while the volume is away an upload is acknowledged when one disk has it. '
             "If that disk is lost before the file is drained, an acknowledged upload is lost."

@@ -133,7 +133,7 @@ class Command(BaseCommand):
         how = one.add_mutually_exclusive_group()
         how.add_argument("--once", action="store_true", help="one pass, and end (default)")
         how.add_argument("--watch", action="store_true", help="go on, with a pass every few seconds")
-        how.add_argument("--interval", type=_positive, default=5, metavar="S", help="watch: seconds")
+        one.add_argument("--interval", type=_positive, default=5, metavar="S", help="watch: seconds")
 
         one = command("backfill", self._backfill, "Put every file into the outbox for a new media host")
         storage(one)
