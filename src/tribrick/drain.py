@@ -1,4 +1,4 @@
-"""Draining the spools: what was accepted while the volume refused it is brought there.
+"""_Draining the spools: what was accepted while the volume refused it is brought there.
 
 For each row that says *spooled*:
 
@@ -115,7 +115,7 @@ def _identity(relative: str, root: int) -> Identity | None:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
-class Draining(Saving):
+class _Draining(Saving):
     """A file that is written beside its name, and gets the name in a step of its own."""
 
     def __init__(self, mount: Mount, relative: str) -> None:
@@ -274,7 +274,7 @@ class Drain:
         """Write the file beside its name and rename it, in place of what is *there*."""
         if there is not None:
             log.error("%s has other bytes on the volume than those that were stored; it is replaced", row.name)
-        saving = Draining(storage._mount(), storage._relative(row.name))
+        saving = _Draining(storage._mount(), storage._relative(row.name))
         with self._source(row) as source:
             written = storage._write_once(saving, File(source))
         started = False

@@ -356,13 +356,13 @@ def test_what_is_torn_on_the_volume_is_replaced(cluster: Any) -> None:
 
 def test_a_volume_that_lies_keeps_the_file_in_the_spools(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = spooled(cluster)
-    real = drain.Draining.publish
+    real = drain._Draining.publish
 
     def lying(self: Any, call: Any, there: Any) -> None:
         real(self, call, there)
         (cluster.volume / name).write_bytes(b"x" * len(DATA))
 
-    monkeypatch.setattr(drain.Draining, "publish", lying)
+    monkeypatch.setattr(drain._Draining, "publish", lying)
     [report] = cluster.drain("node1")
     assert "lies" in report.waiting[name] and report.drained == []
     assert MediaFile.objects.get().spooled and len(cluster.holders(name)) == 2
@@ -401,7 +401,7 @@ def test_a_tombstone_during_the_drain(step: str, cluster: Any, monkeypatch: pyte
 
 def test_a_delete_that_comes_while_the_row_is_locked_waits(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = spooled(cluster)
-    real = drain.Draining.publish
+    real = drain._Draining.publish
     deleting: list[threading.Thread] = []
 
     def publish(self: Any, call: Any, there: Any) -> None:
@@ -417,7 +417,7 @@ def test_a_delete_that_comes_while_the_row_is_locked_waits(cluster: Any, monkeyp
         assert deleting[0].is_alive(), "it did not wait for the lock of the row"
         real(self, call, there)
 
-    monkeypatch.setattr(drain.Draining, "publish", publish)
+    monkeypatch.setattr(drain._Draining, "publish", publish)
     cluster.drain("node1")
     deleting[0].join(30)
     cluster.drain()
