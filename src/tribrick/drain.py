@@ -168,6 +168,7 @@ class Drain:
         self._progress, self._stop = progress, stop
         self._using = catalog.database()
         self._refusals: dict[str, int] = {}
+        self._silent: set[str] = set()
 
     def run(self) -> Report:
         """Drain what can be drained now. What cannot is in the report; only the catalog's absence raises."""
@@ -350,11 +351,21 @@ class Drain:
         if alive.filter(spooled=True).update(spooled=False):
             self.report.drained.append(row.name)
         if alive.filter(spooled=False).exists():  # a deleted one keeps its mark, by which its copies are removed
-            self.spool.remove(row.name)
+            self._remove(row.name)
+
+    def _remove(self, name: str) -> bool:
+        """Remove the copies in the spools; return whether all are gone.
+
+        A peer that does not answer is not asked again in this pass, so that it does not cost its
+        deadline for each file. Its own drain goes by the rows.
+        """
+        gone, silent = self.spool.remove(name, [host for host in self.spool.hosts if host not in self._silent])
+        self._silent.update(silent)
+        return gone and not self._silent
 
     def _bury(self, row: MediaFile) -> None:
         """Remove all bytes of a deleted file; the last time, an hour later, its row is settled."""
-        gone = self.spool.remove(row.name)
+        gone = self._remove(row.name)
         catalog.purge(row)
         self.report.removed.append(row.name)
         if gone and (row.deleted is None or row.deleted < timezone.now() - LATE):
@@ -391,7 +402,8 @@ class Drain:
             self._set_aside(copy, lost)
 
     def _take_away(self, name: str) -> None:
-        if self.spool.remove(name, peers=False):
+        gone, _ = self.spool.remove(name, ())
+        if gone:
             self.report.removed.append(name)
 
     def _compare(self, row: MediaFile) -> None:

@@ -148,19 +148,24 @@ class SpoolStorage(HybridStorage):
         """Remove a deleted file from the spools: from here, and from the peers if its row says that they have it."""
         with contextlib.suppress(StorageUnavailable):  # then drain goes by the row
             row = self.known(name)
-            self.remove(name, peers=row is not None and bool(getattr(row, "spooled", True)))
+            self.remove(name, self.hosts if row is not None and getattr(row, "spooled", True) else ())
 
-    def remove(self, name: str, *, peers: bool = True) -> bool:
-        """Remove all copies; return whether all are gone. What could not be is removed by its node's drain."""
+    def remove(self, name: str, peers: Sequence[str]) -> tuple[bool, list[str]]:
+        """Remove the copy here and those of some *peers*.
+
+        Return whether the one here is gone, and the peers that have not confirmed. What is left
+        is removed by the drain of its own node.
+        """
         gone = True
         try:
             self._unlink(name)
         except OSError as error:
             gone = False
             log.warning("%s is left in the spool: %s", name, error)
-        if peers:
-            gone &= all(outcome.ok for outcome in self.execute(DELETE, name).values())
-        return gone
+        deadline = self.deadline()
+        outcomes = _Calls({host: partial(self.transport.delete, host, name, deadline) for host in peers}).wait(deadline)
+        self._log(DELETE, name, outcomes)
+        return gone, [host for host, outcome in outcomes.items() if not outcome.ok]
 
     # Reading.
 
@@ -280,6 +285,7 @@ _lock = threading.Lock()
 def _after_fork() -> None:
     global _lock
     _lock = threading.Lock()
+    _made.clear()  # their locks may be held by threads that the child does not have
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -112,7 +112,7 @@ def test_the_order_of_the_steps(cluster: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(drain, "Reader", lambda *given: done.append("read") or real_reader(*given))
     real_settle = drain.Drain._settle
     monkeypatch.setattr(drain.Drain, "_settle", lambda self, row: done.append("row") or real_settle(self, row))
-    monkeypatch.setattr(SpoolStorage, "remove", lambda *_given, **_options: done.append("spools") or True)
+    monkeypatch.setattr(SpoolStorage, "remove", lambda *_given: done.append("spools") or (True, []))
     cluster.drain("node1")
     steps = [step for step in done if step not in {"open"}]
     assert steps[:9] == ["write", "fsync", "rename", "fsync", "close", "fsync", "read", "row", "spools"], steps
@@ -539,6 +539,18 @@ def test_a_copy_of_a_node_that_was_away_goes_when_it_is_back(cluster: Any) -> No
     cluster.spools[other].start()
     assert cluster.drain(other)[0].removed == [name]
     is_drained(cluster, (name, DATA))
+
+
+def test_a_silent_peer_costs_its_deadline_once(cluster: Any) -> None:
+    files = [spooled(cluster) for _ in range(6)]
+    cluster.spools["node2"].slow = 30.0
+    with cluster.on("node1", TIMEOUT=0.6):
+        began = time.monotonic()
+        report = drain.Drain().run()
+        assert time.monotonic() - began < 4 * 0.6 + 2
+    here = [name for name in files if name in cluster.spools["node1"].files()]
+    assert sorted(report.drained) == sorted(files) and here == []
+    assert len(cluster.on_volume()) == 6
 
 
 def test_a_copy_is_only_removed_when_the_volume_has_the_file(cluster: Any) -> None:

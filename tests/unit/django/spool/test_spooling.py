@@ -20,7 +20,7 @@ from django.core.checks import run_checks
 from django.core.files.base import ContentFile
 from django.core.files.storage import default_storage
 from django.core.files.uploadedfile import SimpleUploadedFile
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError, connection, transaction
 from django.test import Client, override_settings
 from django.utils import timezone
 
@@ -593,3 +593,17 @@ def test_the_example_site_answers(cluster: Any, refusing: Any, user: Any, png: A
         assert (answer.status_code, answer["Retry-After"]) == (503, "5")
     refusing(errno.ENOSPC)
     assert upload().status_code == 507
+
+
+def test_the_release_before_may_go_on_inserting(cluster: Any) -> None:
+    """While the nodes are upgraded one after the other."""
+    save()
+    columns = [
+        field.column for field in MediaFile._meta.concrete_fields if field.column not in {"id", "spooled", "name"}
+    ]
+    with connection.cursor() as cursor:
+        listed = ", ".join(columns)
+        cursor.execute(
+            f"INSERT INTO tribrick_mediafile (name, {listed}) SELECT 'photos/other.jpg', {listed} FROM tribrick_mediafile"
+        )
+    assert not MediaFile.objects.get(name="photos/other.jpg").spooled
