@@ -20,7 +20,7 @@ from django.core.management import CommandError, call_command
 from django.db import OperationalError, connection, connections, transaction
 from django.utils import timezone
 
-from tribrick import audit, catalog, drain, ledger
+from tribrick import audit, catalog, copies, drain, ledger
 from tribrick.models import Change, MediaFile
 from tribrick.storage import guard, saving
 from tribrick.storage.spool import SpoolStorage
@@ -743,3 +743,17 @@ def test_watching_drains_when_the_volume_is_back_and_ends_on_sigterm(cluster: An
     assert running.returncode == 0 and said.strip().endswith("ended"), complaints
     connection.close()
     is_drained(cluster, (name, DATA))
+
+
+def test_an_audit_says_what_waits_in_the_spools(cluster: Any) -> None:
+    name, lost = spooled(cluster), str(default_storage.save("photos/b.jpg", ContentFile(DATA)))
+    (cluster.volume / lost).unlink()
+
+    def notes() -> dict[str, str]:
+        report = audit.Audit(audit.CatalogSource("default"), copies.copies()).run()
+        assert {finding.kind for finding in report.findings} == {"missing"}
+        return {finding.name: finding.note for finding in report.findings}
+
+    assert notes() == {name: "it is in the spools; drain brings it", lost: ""}
+    cluster.drain("node1")
+    assert notes() == {lost: ""}
