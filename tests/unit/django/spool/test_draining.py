@@ -545,11 +545,11 @@ def test_a_copy_of_a_node_that_was_away_goes_when_it_is_back(cluster: Any) -> No
 
 def test_a_silent_peer_costs_its_deadline_once(cluster: Any) -> None:
     files = [spooled(cluster) for _ in range(6)]
-    cluster.spools["node2"].slow = 30.0
+    silent = cluster.spools["node2"]
+    silent.slow = 30.0
     with cluster.on("node1", TIMEOUT=0.6):
-        began = time.monotonic()
         report = drain.Drain().run()
-        assert time.monotonic() - began < 4 * 0.6 + 2
+    assert [method for method, _ in silent.log].count("DELETE") == 1
     here = [name for name in files if name in cluster.spools["node1"].files()]
     assert sorted(report.drained) == sorted(files) and here == []
     assert len(cluster.on_volume()) == 6

@@ -536,6 +536,35 @@ def test_the_list_must_be_signed(cluster: Any) -> None:
     assert signed.content(spool.host, "-/list", Deadline(5)).read() == b""
 
 
+def test_the_receiver_is_configured_by_its_environment(tmp_path: Path) -> None:
+    for name in ("root", "state"):
+        (tmp_path / name).mkdir()
+    given = {"TRIBRICK_RECEIVER_ROOT": str(tmp_path / "root"), "TRIBRICK_RECEIVER_STATE": str(tmp_path / "state")}
+    made = receiver.application(given)
+    assert (made.limit, made.lists) == (None, False)
+    made = receiver.application({**given, "TRIBRICK_RECEIVER_LIMIT": "1000", "TRIBRICK_RECEIVER_LIST": "1"})
+    assert (made.limit, made.lists) == (1000, True)
+    for key, bad in (("LIMIT", "4g"), ("LIST", "yes")):
+        with pytest.raises(receiver.ReceiverError, match=key):
+            receiver.application({**given, f"TRIBRICK_RECEIVER_{key}": bad})
+
+
+def test_a_directory_is_counted_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the cluster counts every time
+    root = tmp_path / "counted"
+    (root / "a").mkdir(parents=True)
+    (root / "a/one").write_bytes(b"x" * 100)
+    (root / ".hidden").mkdir()
+    (root / ".hidden/two").write_bytes(b"x" * 10)
+    usage = receiver.Usage(root)
+    assert usage.used() == 110
+    (root / "a/three").write_bytes(b"x" * 1000)
+    usage.add(7)
+    assert usage.used() == 117, "what this process adds is known, what others add is not yet"
+    usage._until = 0
+    assert usage.used() == 1110
+
+
 # Settings.
 
 
