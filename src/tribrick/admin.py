@@ -55,12 +55,12 @@ class MediaFileAdmin(_ReadOnly):
 
     list_display = ("preview", "original", "name", "bytes", "owner", "version", "state", "created")
     list_display_links = ("original", "name")
-    list_filter = ("state", "storage", "created")
+    list_filter = ("state", "spooled", "storage", "created")
     list_select_related = ("owner",)
     ordering = ("-id",)
     fields = (
         "large_preview", "original", "name", "storage", "bytes", "size", "sha256", "content_type", "owner", "node",
-        "created", "state", "deleted", "history",
+        "created", "state", "spooled", "deleted", "history",
     )  # fmt: skip
     readonly_fields = ("large_preview", "bytes", "history")
     actions = ("restore",)

@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from pathlib import Path
@@ -95,6 +95,10 @@ class CatalogSource:
             found[change.name] = Known(change.name, State.PURGED, self.alias, change.sha256, change.size)
         return found
 
+    def waits(self, name: str) -> bool:
+        """Whether a file is in the spools and waits to be drained."""
+        return bool(self._rows().filter(name=name, state=State.STORED, spooled=True).exists())
+
     def sample(self, count: int) -> list[Known]:
         """Return *count* stored files at random."""
         return self._known(self._rows().filter(state=State.STORED).order_by("?")[:count])
@@ -123,6 +127,10 @@ class LedgerSource:
         """Return what is known of these names."""
         found = [known for name in wanted if _printable(name) and (known := self.ledger.get(name))]
         return {known.name: known for known in found if known.storage not in self.elsewhere}
+
+    def waits(self, name: str) -> bool:  # noqa: ARG002
+        """Not known here."""
+        return False
 
     def sample(self, count: int) -> list[Known]:
         """Return *count* stored files at random."""
@@ -283,6 +291,8 @@ class Audit:
                 finding, read = asked[copy.name][index] if copy.name in asked else examine(copy, known)
                 self.report.read += read
                 if finding and self.source.get([known.name]).get(known.name) == known:  # not deleted meanwhile
+                    if finding.kind == "missing" and self.source.waits(known.name):
+                        finding = replace(finding, note="it is in the spools; drain brings it")
                     self.report.findings.append(finding)
             self.report.checked += 1
             self.progress("files", self.report.checked, total)

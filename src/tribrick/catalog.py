@@ -187,7 +187,7 @@ def _store_bytes(alias: str, content: IO[Any] | File[Any], name: str) -> StoredF
     storage = storages[alias]
     if hasattr(storage, "store"):
         stored = storage.store(content, name, max_length=NAME_LENGTH)
-        return StoredFile(stored.name, stored.sha256, stored.size)
+        return StoredFile(stored.name, stored.sha256, stored.size, getattr(stored, "spooled", False))
     file = content if isinstance(content, File) else File(content, name)
     hasher, size = hashlib.sha256(), 0
     for chunk in file.chunks():
@@ -226,6 +226,7 @@ def _record(
             owner=owner,
             node=str(setting("NODE")) if node is None else node,
             created=created or timezone.now(),
+            spooled=stored.spooled,
         )
         media = None
         if replaces is not None:
@@ -421,7 +422,11 @@ def expire_tombstones(older_than: timedelta = TOMBSTONE_AGE) -> int:
     undelivered = Outbox.objects.filter(name=OuterRef("name"), done__isnull=True)
     with _atomic():
         rows = MediaFile.objects.using(using).filter(
-            ~Exists(unconfirmed), ~Exists(undelivered), state=State.PURGED, deleted__lt=timezone.now() - older_than
+            ~Exists(unconfirmed),
+            ~Exists(undelivered),
+            state=State.PURGED,
+            spooled=False,
+            deleted__lt=timezone.now() - older_than,
         )
         media = set(rows.exclude(logical=None).values_list("logical_id", flat=True))
         count = _remove(rows)

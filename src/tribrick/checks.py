@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from django.apps import apps
@@ -123,6 +123,33 @@ def check_settings(**_: Any) -> list[CheckMessage]:
             if alias not in _remote():  # E001 says it
                 hint = "See the table of the settings in docs/volume-storage.md."
                 found.append(Error(f'STORAGES["{alias}"]: {error}', hint=hint, id="tribrick.E004"))
+    return found
+
+
+@register("tribrick")
+def check_spool(**_: Any) -> list[CheckMessage]:
+    """Refuse a spool that nobody would keep rows of, and say what a single copy means."""
+    from tribrick.storage import VolumeStorage
+
+    found: list[CheckMessage] = []
+    given = getattr(settings, "TRIBRICK", {})  # an unknown key in it is E004's matter
+    if not isinstance(given, Mapping) or not given.get("SPOOL"):
+        return found
+    spooling = [alias for alias, kind in _of_kind(VolumeStorage).items() if getattr(kind, "spools", False)]
+    if not spooling:
+        hint = "Only VolumeStorage has a spool. Remove it, or name that storage in STORAGES."
+        found.append(Warning('TRIBRICK["SPOOL"] is set, and no storage uses it.', hint=hint, id="tribrick.W004"))
+    elif not apps.is_installed("tribrick"):
+        hint = 'Put "tribrick" into INSTALLED_APPS and run migrate.'
+        text = 'TRIBRICK["SPOOL"]: without the catalog nobody would know what is in the spool, so it is not used.'
+        found.append(Error(text, hint=hint, id="tribrick.E005"))
+    if spooling and str(given.get("SPOOL_COPIES")) == "1":
+        text = (
+            'TRIBRICK["SPOOL_COPIES"] is 1: while the volume is away an upload is acknowledged when one disk has it. '
+            "If that disk is lost before the file is drained, an acknowledged upload is lost."
+        )
+        hint = "With 2, the default, such an upload is on two nodes or refused with 503. See docs/spool.md."
+        found.append(Warning(text, hint=hint, id="tribrick.W003"))
     return found
 
 

@@ -13,6 +13,15 @@ key                     default                  meaning
                                                  file, each piece of it
 ``OUTSTANDING``         8                        calls on the volume that one process has outstanding
                                                  at a time, at most
+``RESERVE``             64 MiB                   bytes that a save leaves free on the volume, and in the
+                                                 spool; who would go below gets ``StorageFull``
+``SPOOL``               none                     a directory on the local disk that takes uploads while
+                                                 the volume refuses them, see docs/spool.md
+``SPOOL_COPIES``        2                        in how many spools an upload must be before it is
+                                                 acknowledged, the one here included
+``SPOOL_LIMIT``         4 GiB                    bytes that the spool here may hold
+``SPOOL_PEERS``         none                     receivers (``address`` or ``address:port``) of the other
+                                                 nodes' spools; ``TRANSPORT`` has their path
 ``NODE``                the host's name          the name of this node, noted in the catalog
 ``NODES``               none                     the names of all nodes; a tombstone expires when
                                                  the ledgers of all of them hold it
@@ -52,6 +61,11 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "HASH_WIDTH": 1,
     "DEADLINE": 10.0,
     "OUTSTANDING": 8,
+    "RESERVE": 64 * 1024 * 1024,
+    "SPOOL": None,
+    "SPOOL_COPIES": 2,
+    "SPOOL_LIMIT": 4 * 1024**3,
+    "SPOOL_PEERS": (),
     "NODE": socket.gethostname(),
     "NODES": (),
     "COPIES": (),

@@ -70,6 +70,9 @@ class MediaFile(models.Model):
     logical_id: int | None
     owner_id: Any
     version: models.PositiveIntegerField[int, int] = models.PositiveIntegerField(default=1)
+    spooled: models.BooleanField[bool, bool] = models.BooleanField(
+        default=False, help_text="The bytes are in the spools of some nodes, and not yet known to be on the volume."
+    )
 
     class Meta:
         verbose_name = "stored file"
@@ -80,6 +83,7 @@ class MediaFile(models.Model):
             models.Index(fields=["owner", "-id"], name="tribrick_owner", condition=models.Q(state="stored")),
             models.Index(fields=["id"], name="tribrick_unpurged", condition=models.Q(state="deleted")),
             models.Index(fields=["deleted"], name="tribrick_tombstones", condition=models.Q(state="purged")),
+            models.Index(fields=["id"], name="tribrick_spooled", condition=models.Q(spooled=True)),
         ]
 
     def __str__(self) -> str:

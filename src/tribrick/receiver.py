@@ -13,6 +13,8 @@ It is configured by environment variables:
 ``TRIBRICK_RECEIVER_KEYS``      optional: JSON file ``{key id: secret}``; every request must then be signed
 ``TRIBRICK_RECEIVER_MAX_BYTES`` optional: largest body, 4 GiB by default
 ``TRIBRICK_RECEIVER_ACCEL``     optional: prefix; GET is then answered with ``X-Accel-Redirect``
+``TRIBRICK_RECEIVER_LIMIT``     optional: bytes that ROOT may hold; a PUT beyond is 507. For a spool
+``TRIBRICK_RECEIVER_LIST``      optional: ``1`` lets ``GET /-/list`` tell all names. For a spool
 =============================== =====================================================================
 
 The path of a request is the file's name. What each method does, and in what order, is in
@@ -60,6 +62,7 @@ RESERVE: Final = 64 * 1024 * 1024
 INCOMING: Final = ".tribrick-incoming"
 ABANDONED: Final = 24 * 3600.0
 READY: Final = "/-/ready"
+LIST: Final = "/-/list"
 FORMAT: Final = 1
 _NAME_BYTES: Final = 1024
 _PART_BYTES: Final = 255
@@ -118,6 +121,55 @@ def check_name(path: str) -> str:
     ):
         raise Refused(HTTPStatus.BAD_REQUEST, "the path is not the name of a stored file")
     return name
+
+
+class Usage:
+    """How many bytes lie in a directory.
+
+    They are counted at most every 10 seconds, and seldom enough that counting takes a twentieth of the
+    time at most; what this process adds meanwhile is added, what other processes add is seen with the
+    next count. So a limit that goes by it is kept within what arrives in that time.
+    """
+
+    EVERY = 10.0
+    RATIO: Final = 20.0
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._bytes, self._until = 0, float("-inf")
+
+    def used(self) -> int:
+        """Return the bytes of all files."""
+        with self._lock:
+            began = time.monotonic()
+            if began >= self._until:
+                self._bytes = sum(size for _name, size in _files(self._root, hidden=True))
+                took = time.monotonic() - began
+                self._until = began + max(self.EVERY, took * self.RATIO)
+            return self._bytes
+
+    def add(self, size: int) -> None:
+        """Count a file that was just added."""
+        with self._lock:
+            self._bytes += size
+
+
+def _files(root: str | os.PathLike[str], *, hidden: bool = False) -> Iterator[tuple[str, int]]:
+    """Yield name and size of each file; not what lies in dot directories of the root, unless *hidden*."""
+    waiting = [""]
+    while waiting:
+        directory = waiting.pop()
+        with contextlib.suppress(FileNotFoundError), os.scandir(os.path.join(root, directory)) as entries:
+            for entry in entries:
+                if not hidden and entry.name.startswith("."):
+                    continue
+                name = f"{directory}/{entry.name}" if directory else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(name)
+                elif entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield name, entry.stat(follow_symlinks=False).st_size
 
 
 # Locks and tombstones
@@ -224,6 +276,8 @@ class Receiver:
         max_bytes: int = MAX_BYTES,
         accel: str | None = None,
         reserve: int = RESERVE,
+        limit: int | None = None,
+        lists: bool = False,
     ) -> None:
         self.root, self.state = Path(root).absolute(), Path(state).absolute()
         for what, path in (("ROOT", self.root), ("STATE", self.state)):
@@ -235,6 +289,7 @@ class Receiver:
             raise ReceiverError("TRIBRICK_RECEIVER_STATE must not lie in TRIBRICK_RECEIVER_ROOT, which is served")
         self.ledger = None if ledger is None else Path(ledger)
         self.keys, self.max_bytes, self.reserve = keys, max_bytes, reserve
+        self.limit, self.lists, self.usage = limit, lists, Usage(self.root)
         self.accel = None if accel is None else f"/{accel.strip('/')}/"
         self._locks = _Locks(self.state / "locks")
         self._durable: set[tuple[str, int, int]] = set()
@@ -306,6 +361,9 @@ class Receiver:
             return self._ready()
         if environ.get("QUERY_STRING"):
             raise Refused(HTTPStatus.BAD_REQUEST, "a file has no query")
+        if path == LIST and work == self._get and self.lists:
+            self._signed(environ, method, LIST.removeprefix("/"))
+            return self._list()
         name = check_name(path)
         signed = self._signed(environ, method, name)
         if method != "PUT":
@@ -352,6 +410,12 @@ class Receiver:
         self.tombstones.has("-")
         self._known("-")
         return _text(HTTPStatus.OK, "ready")
+
+    def _list(self) -> Answer:
+        """Tell every name with its size, one JSON object a line."""
+        lines = [json.dumps({"name": name, "size": size}).encode() + b"\n" for name, size in _files(self.root)]
+        headers = {"Content-Type": "application/x-ndjson", "Content-Length": str(sum(map(len, lines)))}
+        return Answer(HTTPStatus.OK, headers, lines)
 
     # What is deleted.
 
@@ -434,6 +498,8 @@ class Receiver:
             free = os.fstatvfs(incoming)
             if free.f_bavail * free.f_frsize < length + self.reserve:
                 raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, "the disk is full")
+            if self.limit is not None and self.usage.used() + length > self.limit:
+                raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"all files together may have {self.limit} bytes")
             temporary = f"{secrets.token_hex(16)}.part"
             # Nobody writes into a stored file: reading is for all, removing goes by the directory.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -493,6 +559,8 @@ class Receiver:
                 descriptor = there
             else:
                 self._mend(name, digest, (incoming, temporary), directories[-1])
+        if status == HTTPStatus.CREATED:
+            self.usage.add(os.fstat(descriptor).st_size)
         # Local disks need the directories for the new name, Gluster the file that already has it.
         os.fsync(descriptor)
         self._sync(directories, name)
@@ -641,9 +709,12 @@ def application(environ: Mapping[str, str] | None = None) -> Receiver:
     root, state, ledger, keys = setting("ROOT"), setting("STATE"), setting("LEDGER"), setting("KEYS")
     if root is None or state is None:
         raise ReceiverError("TRIBRICK_RECEIVER_ROOT and TRIBRICK_RECEIVER_STATE must be given")
-    largest = setting("MAX_BYTES") or str(MAX_BYTES)
-    if not _NUMBER.fullmatch(largest):
-        raise ReceiverError(f"TRIBRICK_RECEIVER_MAX_BYTES: {largest!r} is not a number of bytes")
+    largest, limit = setting("MAX_BYTES") or str(MAX_BYTES), setting("LIMIT")
+    for key, number in (("MAX_BYTES", largest), ("LIMIT", limit)):
+        if number is not None and not _NUMBER.fullmatch(number):
+            raise ReceiverError(f"TRIBRICK_RECEIVER_{key}: {number!r} is not a number of bytes")
+    if (lists := setting("LIST") or "0") not in ("0", "1"):
+        raise ReceiverError(f"TRIBRICK_RECEIVER_LIST: {lists!r} is neither 0 nor 1")
     # The group may write to directories, so that the site's user can delete in them.
     os.umask(0o002)
     return Receiver(
@@ -653,4 +724,6 @@ def application(environ: Mapping[str, str] | None = None) -> Receiver:
         keys=None if keys is None else _keys(Path(keys)),
         max_bytes=int(largest),
         accel=setting("ACCEL"),
+        limit=None if limit is None else int(limit),
+        lists=lists == "1",
     )

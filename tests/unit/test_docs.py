@@ -37,6 +37,7 @@ EXPECTED = {
     "docs/receiver.md",
     "docs/runbooks/README.md",
     "docs/security.md",
+    "docs/spool.md",
     "docs/storages.md",
     "docs/testing.md",
     "docs/tutorial-moving.md",

@@ -91,6 +91,10 @@ class NotWaitedFor(TransportError):
     late = True
 
 
+class OtherBytes(TransportError):
+    """A host has other bytes under the name than those that were stored."""
+
+
 class ReplicationError(StorageUnavailable):
     """Too few hosts did it. *results* has the :class:`Outcome` of each host."""
 
@@ -537,7 +541,7 @@ class RemoteStorage(Catalogued):
                     hasher.update(chunk)
                     spool.write(chunk)
                 if expected and hasher.hexdigest() != expected:
-                    raise TransportError(errno.EIO, f"GET {name} on {host}: the bytes are not those that were stored")
+                    raise OtherBytes(errno.EIO, f"GET {name} on {host}: the bytes are not those that were stored")
             except BaseException:
                 spool.file.close()
                 raise

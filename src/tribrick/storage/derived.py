@@ -60,6 +60,7 @@ class DerivedStorage(VolumeStorage):
     """
 
     catalogued = False
+    spools = False
 
     def __init__(
         self,

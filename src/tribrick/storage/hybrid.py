@@ -29,6 +29,8 @@ class HybridStorage(RemoteStorage, VolumeStorage):
     The local directory needs no sentinel unless *sentinel_id* gives one.
     """
 
+    spools = False
+
     def __init__(
         self,
         hosts: Sequence[str] | None = None,

@@ -6,16 +6,19 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tribrick.errors import StorageUnavailable, translate
+from tribrick.errors import StorageFull, StorageUnavailable, translate
 from tribrick.sentinel import Sentinel
 from tribrick.storage.guard import Call, Guard
 
 _ROOT_FLAGS: Final = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
+_ROOM_KNOWN: Final = 5.0  # seconds for which a look at the free space is good
+_room: dict[str, float] = {}
 T = TypeVar("T")
 
 
@@ -43,6 +46,7 @@ class Mount:
     deadline: float
     file_mode: int | None = None
     directory_mode: int | None = None
+    reserve: int = 0
 
     # For any thread
 
@@ -117,6 +121,19 @@ class Mount:
             yield root
         finally:
             os.close(root)
+
+    def check_room(self, root: int) -> None:
+        """Raise ``StorageFull`` when less than *reserve* bytes are free. Only plenty is remembered, for 5 seconds."""
+        now = time.monotonic()
+        if not self.reserve or now - _room.get(self.location, -_ROOM_KNOWN) < _ROOM_KNOWN:
+            return
+        space = os.statvfs(root)
+        free = space.f_bavail * space.f_frsize
+        if free < self.reserve:
+            raise StorageFull(
+                errno.ENOSPC, f"{self.location} is nearly full: {free} bytes are free, {self.reserve} are kept free"
+            )
+        _room[self.location] = now
 
     def create(self, root: int, relative: str, flags: int = os.O_WRONLY) -> int:
         """Create a file that does not exist, with its directories, and return its descriptor."""

@@ -165,6 +165,7 @@ class Writer(_Raw):
     def _create(self, root: int) -> None:
         if _exists(self._relative, root):
             raise self._taken()
+        self._mount.check_room(root)
         self._descriptor = self._mount.create(root, self._temporary, os.O_RDWR)
         self._made = True
 

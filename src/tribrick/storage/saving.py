@@ -47,6 +47,7 @@ class Saving:
         try:
             if first:
                 self.root = self.mount.open_root()
+                self.mount.check_room(self.root)
                 go_on(call)
                 self.descriptor = self.mount.create(self.root, self.path)
                 self._created = True

@@ -9,10 +9,10 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import IO, Any, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
@@ -31,17 +31,25 @@ from tribrick.storage.mount import Mount
 from tribrick.storage.opened import BUFFER, NewFile, OpenedFile, Reader, Writer
 from tribrick.storage.saving import CHUNK, TEMPORARY, Saving
 
+if TYPE_CHECKING:
+    from tribrick.storage.spool import SpoolStorage
+
 log = logging.getLogger("tribrick.storage")
 Piece: TypeAlias = bytes | memoryview
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """What was stored: its name in the storage, the SHA-256 of its bytes (hex), its size."""
+    """What was stored: its name in the storage, the SHA-256 of its bytes (hex), its size.
+
+    *spooled* says that the volume refused it, and that it waits in the spools.
+    """
 
     name: str
     sha256: str
     size: int
+    spooled: bool = False
 
 
 @deconstructible(path="tribrick.storage.VolumeStorage")
@@ -61,12 +69,17 @@ class VolumeStorage(Catalogued, FileSystemStorage):
     catalog's row in the caller's transaction, and ``delete`` the tombstone: the bytes go after the
     commit.
 
+    With ``TRIBRICK["SPOOL"]`` an upload that the volume refuses goes to the spools, see
+    :mod:`tribrick.storage.spool`.
+
     Options (``STORAGES["default"]["OPTIONS"]``) are those of ``FileSystemStorage`` plus
     ``sentinel_id``, ``hash_levels`` and ``hash_width``; what is not given is read from
     ``settings.TRIBRICK`` when needed.
 
     Raises ``StorageUnavailable`` when the volume is away or hangs, ``StorageFull`` when it has no space.
     """
+
+    spools = True
 
     def __init__(
         self,
@@ -134,11 +147,26 @@ class VolumeStorage(Catalogued, FileSystemStorage):
             deadline=deadline,
             file_mode=self.file_permissions_mode,
             directory_mode=self.directory_permissions_mode,
+            reserve=int(setting("RESERVE")),
         )
+
+    def _spool(self) -> SpoolStorage | None:
+        """Return the spool, if uploads go there; without rows nobody would know what is in it."""
+        if not (self.spools and setting("SPOOL") and self.has_catalog):
+            return None
+        from tribrick.storage.spool import spool
+
+        return spool()
 
     def check_settings(self) -> None:
         """Raise ``ImproperlyConfigured`` for settings with which no file could be stored. Touches no disk."""
         self._mount()
+        if self.spools and setting("SPOOL"):
+            from tribrick.storage.spool import spool
+
+            place = os.path.abspath(spool().location)
+            if os.path.commonpath([place, self.root]) in (place, self.root):
+                raise ImproperlyConfigured(f'TRIBRICK["SPOOL"] is {place}, which is not apart from {self.root}.')
 
     def verify(self) -> str:
         """Read the sentinel again and return a sentence; for health checks."""
@@ -212,19 +240,28 @@ class VolumeStorage(Catalogued, FileSystemStorage):
         return Saving(mount, relative)
 
     def _write(self, name: str, content: File[Any]) -> StoredFile:
-        mount = self._mount()
         with _readable(content) as source:
             try:
-                return self._write_once(self._saving(mount, self._relative(name)), source)
+                return self._write_here(name, source)
             except StorageUnavailable as error:
-                if error.errno != errno.ESTALE:
+                if (spool := self._spool()) is None or not source.seekable():
                     raise
-                if not source.seekable():
-                    raise StorageUnavailable(
-                        errno.ESTALE, "the media volume changed while a stream was being stored"
-                    ) from error
-            again = self._name_after_stale(name)
-            return self._write_once(self._saving(mount, self._relative(again)), source)
+                # Another name: what hangs in the volume may still get there late, under the first one.
+                return spool.keep(self.get_available_name(name), source, error)
+
+    def _write_here(self, name: str, source: File[Any]) -> StoredFile:
+        mount = self._mount()
+        try:
+            return self._write_once(self._saving(mount, self._relative(name)), source)
+        except StorageUnavailable as error:
+            if error.errno != errno.ESTALE:
+                raise
+            if not source.seekable():
+                raise StorageUnavailable(
+                    errno.ESTALE, "the media volume changed while a stream was being stored"
+                ) from error
+        again = self._name_after_stale(name)
+        return self._write_once(self._saving(mount, self._relative(again)), source)
 
     def _name_after_stale(self, name: str) -> str:
         """Return another name, since the first may exist although its creation failed."""
@@ -263,7 +300,15 @@ class VolumeStorage(Catalogued, FileSystemStorage):
     def _canonical(self, name: str) -> str:
         return self._name(self._relative(name))
 
+    def discard(self, name: str) -> None:
+        """Remove the bytes of a save that has failed, from where it has put them."""
+        spool = self._spool()
+        if spool is None or not spool.discarded(name):
+            super().discard(name)
+
     def _delete_bytes(self, name: str, *, catalogued: bool) -> None:  # noqa: ARG002  others leave tasks
+        if (spool := self._spool()) is not None:
+            spool.forget(name)
         self._unlink(name)
 
     def _unlink(self, name: str) -> None:
@@ -304,7 +349,16 @@ class VolumeStorage(Catalogued, FileSystemStorage):
     def _reader(self, name: str, mode: str) -> IO[Any]:
         if set(mode) - set("rbt"):
             raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
-        return _as_text(io.BufferedReader(Reader(self._mount(), self._relative(name)), BUFFER), mode)
+
+        def opened(place: VolumeStorage) -> IO[bytes]:
+            return io.BufferedReader(Reader(place._mount(), place._relative(name)), BUFFER)
+
+        return _as_text(self._anywhere(name, opened, lambda spool: spool.fetch(name)), mode)
+
+    def _anywhere(self, name: str, here: Callable[[VolumeStorage], T], elsewhere: Callable[[SpoolStorage], T]) -> T:
+        """Ask the volume; with a spool that first, and in the end *elsewhere*: the spools of the other nodes."""
+        spool = self._spool()
+        return here(self) if spool is None else spool.ask(self._canonical(name), self, here, elsewhere)
 
     def _stat(self, name: str) -> os.stat_result:
         relative = self._relative(name)
@@ -313,14 +367,14 @@ class VolumeStorage(Catalogued, FileSystemStorage):
     def exists(self, name: str) -> bool:
         """Ask the disk. An absent volume is an exception, not a no."""
         try:
-            self._stat(name)
+            self._anywhere(name, lambda place: place._stat(name), lambda spool: spool.row_of(name))
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
     def size(self, name: str) -> int:
         """Return the size in bytes."""
-        return self._stat(name).st_size
+        return self._anywhere(name, lambda place: place._stat(name).st_size, lambda spool: spool.row_of(name).size)
 
     def listdir(self, path: str) -> tuple[list[str], list[str]]:
         """Return directories and files below *path*, without the top's dot names and unfinished files."""
@@ -348,17 +402,24 @@ class VolumeStorage(Catalogued, FileSystemStorage):
         aware = datetime.fromtimestamp(seconds, tz=timezone.utc)
         return aware if settings.USE_TZ else make_naive(aware)
 
+    def _seconds(self, name: str, kind: str) -> float:
+        return self._anywhere(
+            name,
+            lambda place: float(getattr(place._stat(name), kind)),
+            lambda spool: spool.row_of(name).created.timestamp(),
+        )
+
     def get_accessed_time(self, name: str) -> datetime:
         """Return the time of the last access."""
-        return self._time(self._stat(name).st_atime)
+        return self._time(self._seconds(name, "st_atime"))
 
     def get_created_time(self, name: str) -> datetime:
         """Return the time of the last change of the inode."""
-        return self._time(self._stat(name).st_ctime)
+        return self._time(self._seconds(name, "st_ctime"))
 
     def get_modified_time(self, name: str) -> datetime:
         """Return the time of the last write."""
-        return self._time(self._stat(name).st_mtime)
+        return self._time(self._seconds(name, "st_mtime"))
 
 
 def _pieces(source: File[Any]) -> Iterator[Piece]:

@@ -125,6 +125,16 @@ class Command(BaseCommand):
             "--again-unless", metavar="FILE", help="the same, unless FILE is there; it is made when that is done"
         )
 
+        one = command(
+            "drain", self._drain, "Bring what is in the spools to the volume",
+            "A file leaves the spools when it was read back from the volume with the right hash. It may be killed\n"
+            "at any point, and run on several nodes at once. Copies without a row a day later go to a quarantine.",
+        )  # fmt: skip
+        how = one.add_mutually_exclusive_group()
+        how.add_argument("--once", action="store_true", help="one pass, and end (default)")
+        how.add_argument("--watch", action="store_true", help="go on, with a pass every few seconds")
+        one.add_argument("--interval", type=_positive, default=5, metavar="S", help="watch: seconds")
+
         one = command("backfill", self._backfill, "Put every file into the outbox for a new media host")
         storage(one)
         one.add_argument("host", help="as it stands in MEDIA_HOSTS")
@@ -379,6 +389,37 @@ class Command(BaseCommand):
                 connections[catalog.database()].close()
         thread.join(60)
 
+    # The spool.
+
+    def _drain(self, options: dict[str, Any]) -> None:
+        from tribrick.drain import Drain, Report, spooled
+
+        if not setting("SPOOL"):
+            raise CommandError('TRIBRICK["SPOOL"] is not set: there is no spool')
+        if not options["watch"]:
+            report = Drain(progress=self._progress()).run()
+            left = spooled()
+            self._answer(options, {**report.as_dict(), "left": left}, [*_told(report), f"{left} are left"])
+            if report.away:
+                raise CommandError(f"away: {', '.join(report.away)}", returncode=2)
+            if left or report.waiting:
+                raise CommandError(f"{left or len(report.waiting)} files could not be drained", returncode=1)
+            return
+        stop = _stop_on_signals()
+        before = Report()
+        while not stop.is_set():
+            try:
+                close_old_connections()
+                report = Drain(stop=stop.is_set).run()
+            except (StorageError, DatabaseError) as error:
+                log.warning("the spools cannot be drained now: %s", " ".join(str(error).split()))
+                connections[catalog.database()].close()
+            else:
+                if report.drained or report.removed or report.quarantined or report.as_dict() != before.as_dict():
+                    self._say(json.dumps(report.as_dict()) if options["json"] else "\n".join(_told(report)))
+                before = report
+            stop.wait(options["interval"])
+
     def _backfill(self, options: dict[str, Any]) -> None:
         count = audit.backfill(options["host"], options["storage"], self._progress())
         self._answer(options, {"queued": count}, [f"{count} files put into the outbox for {options['host']}"])
@@ -390,6 +431,16 @@ def _delete_again(marker: Path | None) -> tuple[int, int]:
     if failed == 0 and marker is not None:
         marker.touch()
     return removed, failed
+
+
+def _told(report: Any) -> list[str]:
+    """Return a pass of the drain as lines."""
+    text = [f"corrupt: {name}: {where}" for name, where in report.corrupt.items()]
+    text += [f"away: {name}: {why}" for name, why in report.away.items()]
+    text += [f"waits: {name}: {why}" for name, why in report.waiting.items()]
+    text += [f"without a row, moved to {QUARANTINE}: {name}" for name in report.quarantined]
+    text.append(f"{len(report.drained)} drained, {len(report.removed)} removed, {report.young} too young to tell")
+    return text
 
 
 def _stop_on_signals() -> threading.Event:
