@@ -64,7 +64,7 @@ def refused_at_once(guard: Guard, thing: Thing, match: str = "not available") ->
     before, began = thing.calls, time.monotonic()
     with pytest.raises(StorageUnavailable, match=match):
         guard.call(thing.call, 5)
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 2  # and not the five seconds that it might take
     assert thing.calls == before
 
 
@@ -297,7 +297,7 @@ def test_clean_up_waits_for_the_mount(guard: Guard, thing: Thing) -> None:
     hang(guard, thing)
     began = time.monotonic()
     guard.clean_up(lambda: done.append("cleaned"), 5)
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 2  # and not five
     assert done == []
     thing.works.set()
     until(lambda: done == ["cleaned"], "it was cleaned up")

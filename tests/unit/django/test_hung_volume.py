@@ -247,7 +247,7 @@ def test_a_half_file_is_removed_once_the_mount_answers_again(
     began = time.monotonic()
     with pytest.raises(KeyError if fails else StorageUnavailable):
         storage.save("photos/lost.bin", Source(b""))
-    assert time.monotonic() - began < DEADLINE * 2 + 0.3
+    assert time.monotonic() - began < DEADLINE * 2 + SLACK
     assert len(files_in(volume)) == 1
     hanging.let_go()
     until(lambda: files_in(volume) == [], "the half file was removed")
@@ -318,7 +318,7 @@ def test_reads_of_an_open_file_are_given_up(storage: VolumeStorage, volume: Path
     in_time(lambda: file.read(500_000), deadlines=0)
     began = time.monotonic()
     file.close()
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < SLACK
     assert len(descriptors(volume)) == 1, "a descriptor in use was closed"
     hanging.let_go()
     wait_for_workers()
@@ -333,7 +333,7 @@ def test_closing_does_not_wait_for_ever(storage: VolumeStorage, volume: Path, ha
     hanging.hang("close")
     began = time.monotonic()
     file.close()
-    assert time.monotonic() - began < DEADLINE + 0.3
+    assert time.monotonic() - began < DEADLINE + SLACK
     hanging.let_go()
     wait_for_workers()
     assert descriptors(volume) == []

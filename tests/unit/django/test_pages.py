@@ -372,17 +372,17 @@ def test_not_ready_on_a_read_only_database(visitor: Client, monkeypatch: pytest.
 
 def test_ready_answers_in_time_while_both_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    probes = tuple(Probe(name, lambda: gate.wait(30), deadline=0.3) for name in ("mount", "database"))
+    probes = tuple(Probe(name, lambda: gate.wait(30), deadline=1.0) for name in ("mount", "database"))
     try:
         begin = time.monotonic()
         response = health.readyz(probes)
-        assert time.monotonic() - begin < 0.55  # together, not one after the other
+        assert time.monotonic() - begin < 1.9  # together, not one after the other
         assert response.status_code == 503
-        assert b"timed out after 0.3 s" in response.content
+        assert b"timed out after 1 s" in response.content
         begin = time.monotonic()
         for _ in range(20):
             assert health.readyz(probes).status_code == 503
-        assert time.monotonic() - begin < 0.3
+        assert time.monotonic() - begin < 5  # at once, each of them
     finally:
         gate.set()
 

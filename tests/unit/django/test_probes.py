@@ -61,7 +61,7 @@ def test_a_hung_check_is_answered_within_the_deadline(gate: Gate) -> None:
     begin = time.monotonic()
     result = probe.ask()
     took = time.monotonic() - begin
-    assert 0.2 <= took < 1.0
+    assert 0.2 <= took < 5.0
     assert not result.ok
     assert result.detail == "timed out after 0.2 s; never answered before"
 
