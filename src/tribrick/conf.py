@@ -32,7 +32,8 @@ key                     default                  meaning
 ``MINIMUM_RATE``        1 MiB                    ... and more for the bytes it moves, at this rate a
                                                  second
 ``SYNC``                none                     reconciliation of directories: ``state``, ``peers``,
-                                                 ``storage``, ``strategy``, ``linked``, see docs/sync.md
+                                                 ``storage``, ``strategy``, ``linked``, ``quiet``,
+                                                 see docs/sync.md
 ``TRANSPORT``           none                     arguments for the transport: ``ca``,
                                                  ``certificate``, ``key``, ``hmac_key``, ...
 ======================  =======================  ==================================================

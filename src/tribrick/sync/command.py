@@ -21,7 +21,7 @@ from tribrick.sync.move import doors
 from tribrick.sync.plan import Plan
 from tribrick.sync.run import STRATEGIES, Report, Sync, status, told
 from tribrick.sync.side import Progress, Side
-from tribrick.sync.state import State, SyncError
+from tribrick.sync.state import QUIET, State, SyncError
 from tribrick.sync.versions import Version
 
 MORE: Final = """\
@@ -35,7 +35,7 @@ Strategies for concurrent changes: newest (the last writer has the name, the los
 copy), keep-both (the winner gets a copy too), ask-file (questions go to --file, answers come from there).
 A deletion wins against a concurrent change; the change is kept as a conflict copy.
 Nothing is overwritten or removed that is not in the history. docs/sync.md tells more."""
-_KEYS: Final = {"state", "peers", "storage", "strategy", "linked"}
+_KEYS: Final = {"state", "peers", "storage", "strategy", "linked", "quiet"}
 _SHOWN: Final = 20
 
 
@@ -91,6 +91,7 @@ def work(options: Mapping[str, Any], progress: Progress) -> Answer:
         with state.transaction():
             state.set_meta("exclude", json.dumps(below(storage)))
             state.set_meta("linked", "yes" if given.get("linked") else "no")
+            state.set_meta("quiet", str(float(given.get("quiet", QUIET))))
         side = Side(
             state, prove=_proof(storage), linked=bool(given.get("linked")),
             mode=storage.file_permissions_mode, progress=progress,

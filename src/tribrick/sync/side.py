@@ -23,18 +23,16 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from tribrick.sync import versions
 from tribrick.sync.plan import Step, too_many
-from tribrick.sync.state import NOTHING, Stamp, State, SyncError
+from tribrick.sync.state import NOTHING, Stamp, State, SyncError, new_actor
 from tribrick.sync.versions import Version, VersionVector
 
 HISTORY: Final = ".tribrick-history"
-QUIET = 2.0
-"""Seconds that a file must be left alone before it is recorded: it may still be on its way."""
 BATCH: Final = 200
 CHUNK: Final = 1024 * 1024
 _SIDE: Final = "side.json"
@@ -122,7 +120,7 @@ class Side:
         for part in ("objects", "incoming", "fetch"):
             (self.history / part).mkdir(mode=0o700, parents=True, exist_ok=True)
         self.history.chmod(0o700)
-        _write(place, json.dumps({"tribrick": 1, "state": self.state.meta("id")}).encode())
+        self._mark()
 
     def check(self) -> None:
         """Raise :class:`SyncError` unless the root is there and the one that the state was begun for."""
@@ -136,7 +134,8 @@ class Side:
             try:
                 history = _opened(stack, os.open(HISTORY, _AT, dir_fd=root))
                 text = os.read(_opened(stack, os.open(_SIDE, _FILE, dir_fd=history)), 4096)
-                found = json.loads(text)["state"]
+                told = json.loads(text)
+                found, mark = told["state"], told["mark"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise SyncError(
                     f"{self.root} is not the directory that {self.state.path} describes: it has no readable "
@@ -144,6 +143,18 @@ class Side:
                 ) from error
         if found != self.state.meta("id"):
             raise SyncError(f"{self.root} belongs to another state than {self.state.path}")
+        if mark != self.state.meta("mark"):
+            # A process was killed, or one of the two is a restored copy. Then counts may have been given before.
+            with self.state.transaction():
+                self.state.rename()
+
+    def _mark(self) -> None:
+        """Leave the same mark in the directory and in the state, before changes are counted."""
+        mark = secrets.token_hex(8)
+        told = {"tribrick": 1, "state": self.state.meta("id"), "mark": mark}
+        _write(self.history / _SIDE, json.dumps(told).encode())
+        with self.state.transaction():
+            self.state.set_meta("mark", mark)
 
     # The history.
 
@@ -180,7 +191,7 @@ class Side:
         found, known = Scan(), self.state.stamps()
         changed: list[tuple[str, Stamp]] = []
         here: set[str] = set()
-        youngest = time.time_ns() - int((QUIET if quiet is None else quiet) * 1e9)
+        youngest = time.time_ns() - int((float(self.state.meta("quiet")) if quiet is None else quiet) * 1e9)
         for name, status in self._walk(found):
             here.add(name)
             found.seen += 1
@@ -198,6 +209,8 @@ class Side:
         gone = [name for name in sorted(known.keys() - here) if self._is_gone(name)]
         if why := too_many(len(gone), len(known), accept):
             raise SyncError(f"{self.root}: {why}")
+        if (changed or gone) and not self.dry:
+            self._mark()
         for start in range(0, len(changed), BATCH):
             self._record(changed[start : start + BATCH], found)
             self.progress("read", start + len(changed[start : start + BATCH]), len(changed))
@@ -296,8 +309,8 @@ class Side:
 
     def _change(self, name: str, before: Version | None, sha256: str, stamp: Stamp) -> Version:
         """Return the version of a change that somebody made of what the disk showed."""
-        replica, count = self.state.next_count()
-        vector = (before.vector if before else VersionVector()).with_count(replica, count)
+        actor, count = self.state.next_count("replica")
+        vector = (before.vector if before else VersionVector()).with_count(actor, count)
         origin = before.origin if before else ""
         size, modified = (stamp.size, stamp.modified) if sha256 else (0, 0)
         return Version(name, vector, sha256, size, modified, self.time_of(stamp), self.state.meta("node"), origin)
@@ -505,7 +518,10 @@ class Side:
                 _sync(directory)
             if sha256 not in usual:
                 with self.state.transaction():
-                    self.state.add([self._change(name, before, sha256, Stamp.of(status))])
+                    # The disk has moved on without it, so no later change follows it: it counts for itself.
+                    theirs = self._change(name, before, sha256, Stamp.of(status))
+                    vector = (before.vector if before else VersionVector()).with_count(new_actor(theirs.node), 1)
+                    self.state.add([replace(theirs, vector=vector)])
                     self.state.let_go([token])
                 rescued.append(name)
         with self.state.transaction():

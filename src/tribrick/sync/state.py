@@ -23,6 +23,8 @@ from tribrick.sync import versions
 from tribrick.sync.versions import NODE, Version, VersionVector
 
 FORMAT: Final = 1
+QUIET: Final = 2.0
+"""Seconds that a file must be left alone before it is recorded, if nobody says otherwise: it may be on its way."""
 LOCK_WAIT = 60.0
 """Seconds that one waits for another who works on the same state."""
 _SCHEMA: Final = f"""
@@ -110,8 +112,9 @@ class State:
         try:
             database.executescript(_SCHEMA)
             meta = {
-                "id": secrets.token_hex(16), "node": node, "replica": _replica(node), "counter": "0",
-                "root": os.path.abspath(root), "exclude": "[]", "linked": "no",
+                "id": secrets.token_hex(16), "node": node, "counter": "0", "mark": "",
+                "replica": new_actor(node), "desk": new_actor(node),
+                "root": os.path.abspath(root), "exclude": "[]", "linked": "no", "quiet": str(QUIET),
             }  # fmt: skip
             database.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
         finally:
@@ -219,11 +222,21 @@ class State:
         """Replace a fact."""
         self._db.execute("UPDATE meta SET value = ? WHERE key = ? AND value <> ?", (value, key, value))
 
-    def next_count(self) -> tuple[str, int]:
-        """Return the name of this replica and a number that it has never given to a change."""
+    def next_count(self, actor: str) -> tuple[str, int]:
+        """Return the name of an actor and a number that it has never given to a change.
+
+        There are two, because a count says that all smaller ones of the actor were seen: ``replica`` for
+        what is found on the disk, which follows what the disk showed, and ``desk`` for what is decided,
+        which follows all that is known.
+        """
         count = int(self.meta("counter")) + 1
         self.set_meta("counter", str(count))
-        return self.meta("replica"), count
+        return self.meta(actor), count
+
+    def rename(self) -> None:
+        """Give changes of this side another name from now on, where counts may have been given before."""
+        for actor in ("replica", "desk"):
+            self.set_meta(actor, new_actor(self.meta("node")))
 
     # Versions.
 
@@ -261,10 +274,9 @@ class State:
 
         Otherwise two changes could get the same number, and one would pass for the other's successor.
         """
-        replica, count = self.meta("replica"), int(self.meta("counter"))
-        if any(version.vector.get(replica) > count for version in new):
-            self.set_meta("replica", _replica(self.meta("node")))
-            self.set_meta("counter", "0")
+        own, count = (self.meta("replica"), self.meta("desk")), int(self.meta("counter"))
+        if any(version.vector.get(actor) > count for version in new for actor in own):
+            self.rename()
 
     def heads(self, name: str) -> list[Version]:
         """Return the versions of *name* that no other one follows, the winner last."""
@@ -291,9 +303,9 @@ class State:
             vector = VersionVector()
             for head in known:
                 vector = vector.join(head.vector)
-            replica, count = self.next_count()
+            actor, count = self.next_count("desk")
             origin = next((head.origin for head in known if head.origin), "")
-            new = Version(name, vector.with_count(replica, count), "", 0, 0, at, self.meta("node"), origin)
+            new = Version(name, vector.with_count(actor, count), "", 0, 0, at, self.meta("node"), origin)
             if like is not None:
                 new = replace(new, sha256=like.sha256, size=like.size, modified=like.modified)
             self.add([new])
@@ -459,7 +471,8 @@ class State:
         return [name for (name,) in rows]
 
 
-def _replica(node: str) -> str:
+def new_actor(node: str) -> str:
+    """Return a name under which a node's changes are counted. Nobody has used it."""
     return f"{node}.{secrets.token_hex(4)}"
 
 
