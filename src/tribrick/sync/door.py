@@ -40,7 +40,7 @@ _CHANGES: Final = re.compile(r"tribrick-sync 1 changes ([0-9]{1,18}) (-|[0-9a-f]
 # times, ignore-times, relative, compress and the like, and after "e." what the client can do.
 _OPTION: Final = re.compile(
     r"-[tIRzW]+(e[0-9]*\.[A-Za-z]*)?|--timeout=[0-9]{1,6}|--files-from=-|--from0|--no-implied-dirs|--omit-dir-times"
-    r"|--new-compress|--compress-choice=[a-z0-9]{1,10}|--compress-level=[0-9]{1,2}|--no-r|--no-dirs"
+    r"|--bwlimit=[0-9]{1,9}|--new-compress|--compress-choice=[a-z0-9]{1,10}|--compress-level=[0-9]{1,2}|--no-r|--no-dirs"
 )
 
 

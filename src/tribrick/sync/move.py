@@ -137,18 +137,18 @@ class Door:
         with tempfile.TemporaryFile() as complaints:
             try:
                 process = subprocess.Popen(
-                    [*command, address, f"{new}/"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=complaints,
+                    [*command, address, f"{new}/"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
                     env=_plain(),
                 )  # fmt: skip
             except FileNotFoundError as error:
                 raise PeerAway(errno.ENOENT, "rsync is not installed here") from error
             try:
+                # Its output ends when its last process has: one of them may still put aside what has arrived.
                 process.communicate(names, timeout=limit)
             except subprocess.TimeoutExpired:
-                # SIGTERM lets rsync keep what has arrived, for the next attempt.
-                process.terminate()
+                process.terminate()  # lets rsync keep what has arrived, for the next attempt
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(CONNECT)
+                    process.communicate(timeout=CONNECT)
                 return f"{self.name}: rsync did not end within {limit:.0f} s"
             finally:
                 process.kill()
