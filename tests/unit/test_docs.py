@@ -38,6 +38,7 @@ EXPECTED = {
     "docs/runbooks/README.md",
     "docs/security.md",
     "docs/storages.md",
+    "docs/sync.md",
     "docs/testing.md",
     "docs/tutorial-moving.md",
     "docs/variables.md",

@@ -114,9 +114,7 @@ class Side:
             os.close(root)
         place = self.history / _SIDE
         if place.exists() and self.state.meta("id") not in place.read_text(encoding="utf-8", errors="replace"):
-            raise SyncError(
-                f"{self.root} belongs to a state already; if that is lost, remove {place} and run again"
-            )
+            raise SyncError(f"{self.root} belongs to a state already; if that is lost, remove {place} and run again")
         for part in ("objects", "incoming", "fetch"):
             (self.history / part).mkdir(mode=0o700, parents=True, exist_ok=True)
         self.history.chmod(0o700)

@@ -85,7 +85,9 @@ def test_three_directories_become_the_same(on: Any, places: Any) -> None:
         "$(touch HACKED);`x`/a'b\"c *.jpg": b"hostile too", " spaces ": b"",
     }  # fmt: skip
     assert one.tree() == two.tree() == three.tree() == wanted
-    assert (two.root / "photos/Été 漢字.jpg").stat().st_mtime_ns == (one.root / "photos/Été 漢字.jpg").stat().st_mtime_ns
+    assert (two.root / "photos/Été 漢字.jpg").stat().st_mtime_ns == (
+        one.root / "photos/Été 漢字.jpg"
+    ).stat().st_mtime_ns
     two.write("photos/Été 漢字.jpg", b"changed on the second")
     (three.root / "two.txt").unlink()
     everywhere(on)
@@ -554,7 +556,9 @@ def test_portions() -> None:
     from tribrick.sync.versions import Version, VersionVector
 
     def step(number: int, name: str, size: int) -> plan.Step:
-        return plan.Step(name, Version(name, VersionVector((("n.00000001", 1),)), f"{number:064x}", size, 0, 0, "n"), None)
+        return plan.Step(
+            name, Version(name, VersionVector((("n.00000001", 1),)), f"{number:064x}", size, 0, 0, "n"), None
+        )
 
     steps = [step(number, f"{number}.{'jpg' if number % 2 else 'txt'}", 100_000_000) for number in range(8)]
     steps.append(step(9, "huge.mp4", 10**12))

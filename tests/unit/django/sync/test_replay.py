@@ -160,7 +160,9 @@ def test_a_conflict_from_elsewhere_gets_rows(site: Any) -> None:
         path.write_bytes(b"theirs")
         sha256 = _hash(path)
         side.keep(path, sha256)
-        state.add([versions.replace(base, vector=base.vector.with_count("n2.00000001", 1), sha256=sha256, size=6, node="n2")])
+        state.add(
+            [versions.replace(base, vector=base.vector.with_count("n2.00000001", 1), sha256=sha256, size=6, node="n2")]
+        )
     site.write("a.jpg", b"ours!")
     code, said = run()
     assert code == 0 and len(said["conflicts"]) == 1

@@ -88,7 +88,9 @@ def test_the_same_content_on_all_sides_is_no_conflict(known: Any) -> None:
         assert len(versions.settle(same, keep_both=keep_both)) <= 1
 
 
-@given(some_versions(), st.sampled_from(["", "été/a.jpg", "x" * 250, "漢" * 80 + ".jpeg", "d/" * 300 + "x.tar.gz", ".."]))
+@given(
+    some_versions(), st.sampled_from(["", "été/a.jpg", "x" * 250, "漢" * 80 + ".jpeg", "d/" * 300 + "x.tar.gz", ".."])
+)
 def test_a_conflict_copy_has_a_name_that_peers_take(version: Version, name: str) -> None:
     loser = replace(version, name=name or "a.jpg", sha256="ab" * 32, node="n" * 253, size=5)
     if versions.refusal(loser.name, versions.OWN_NAME_LENGTH):
