@@ -22,7 +22,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -164,16 +164,24 @@ class Side:
         """Whether a content is here."""
         return self.object(sha256).exists()
 
-    def keep(self, path: Path, sha256: str) -> None:
-        """Move a durable file of the history's own into its place."""
-        target = self.object(sha256)
-        try:
+    def keep(self, files: Iterable[tuple[Path, str]]) -> None:
+        """Move files of the history's own into their places, all of them durable.
+
+        First all are written and then all are flushed: a file system writes its journal once for many.
+        """
+        files = list(files)
+        directories: set[Path] = set()
+        for path, _sha256 in files:
+            _sync(path)
+        for path, sha256 in files:
+            target = self.object(sha256)
+            if not target.parent.is_dir():
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                directories.add(target.parent.parent)
             os.rename(path, target)
-        except FileNotFoundError:
-            target.parent.mkdir(mode=0o700, exist_ok=True)
-            _sync(target.parent.parent)
-            os.rename(path, target)
-        _sync(target.parent)
+            directories.add(target.parent)
+        for directory in directories:
+            _sync(directory)
 
     # Scanning.
 
@@ -269,18 +277,17 @@ class Side:
     def _record(self, changed: Sequence[tuple[str, Stamp]], found: Scan) -> None:
         """Take contents into the history, all durable, and then their versions into the state."""
         taken: list[tuple[str, str, Stamp]] = []
-        directories: set[Path] = set()
+        new: list[tuple[Path, str]] = []
         for name, stamp in changed:
             try:
-                sha256 = self._take(name, stamp, directories)
+                sha256 = self._take(name, stamp, new)
             except (Moved, FileNotFoundError):
                 found.young.append(name)
             except OSError as error:
                 found.refused[name] = error.strerror or str(error)
             else:
                 taken.append((name, sha256, stamp))
-        for directory in directories:
-            _sync(directory)
+        self.keep(new)
         with self.state.transaction():
             for name, sha256, stamp in taken:
                 before = self.state.on_disk(name)
@@ -327,8 +334,8 @@ class Side:
                 return now
         return stamp
 
-    def _take(self, name: str, stamp: Stamp, directories: set[Path]) -> str:
-        """Bring the content of a file into the history; return its hash."""
+    def _take(self, name: str, stamp: Stamp, taken: list[tuple[Path, str]]) -> str:
+        """Copy the content of a file beside the history, if it is not there; return its hash."""
         with self._directory(name) as (directory, last), contextlib.ExitStack() as stack:
             source = _opened(stack, os.open(last, _FILE, dir_fd=directory))
             if Stamp.of(os.fstat(source)) != stamp:
@@ -341,24 +348,20 @@ class Side:
                     self._forget_overwritten(name, stamp)
                     os.link(last, new, src_dir_fd=directory, follow_symlinks=False)
                     sha256 = _copy(source, None)
-                    os.fsync(source)
                 else:
                     target = _opened(stack, os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
                     sha256 = _copy(target, None) if _clone(source, target) else _copy(source, target)
-                    os.fsync(target)
                 now = Stamp.of(os.fstat(source))
                 if now._replace(changed=stamp.changed) != stamp or (not self.linked and now.changed != stamp.changed):
                     raise Moved(name)
-                place = self.object(sha256)
-                if not place.exists():
-                    if not place.parent.is_dir():
-                        place.parent.mkdir(mode=0o700, exist_ok=True)
-                        directories.add(place.parent.parent)
-                    os.rename(new, place)
-                    directories.add(place.parent)
-                return sha256
-            finally:
+            except BaseException:
                 new.unlink(missing_ok=True)
+                raise
+            if self.has(sha256):
+                new.unlink()
+            else:
+                taken.append((new, sha256))
+            return sha256
 
     def _forget_overwritten(self, name: str, stamp: Stamp) -> None:
         """Take away the history's name of a content that was overwritten in place, under its link."""
@@ -391,15 +394,24 @@ class Side:
                     ready.append((step, self._prepare(step, tokens[step.name], stack)))
                 except (OSError, SyncError) as error:
                     done.failed[step.name] = _reason(error)
+            for _step, file in ready:
+                if file >= 0:
+                    os.fsync(file)
             self.state.hold((tokens[step.name], step.name, step.before, step.after) for step, _file in ready)
             directories: dict[str, None] = {}
-            for step, file in ready:
+            for step, _file in ready:
                 try:
-                    shown.append((step, self._show(step, file, tokens[step.name], directories)))
+                    shown.append((step, self._show(step, tokens[step.name], directories)))
                 except (OSError, SyncError) as error:
                     done.failed[step.name] = _reason(error)
+            for step, file in ready:  # once more under its name: only that is durable on GlusterFS
+                if file >= 0 and step.name not in done.failed:
+                    os.fsync(file)
             for path in directories:
-                with contextlib.suppress(OSError), self._directory(f"{path}x") as (directory, _last):
+                with (
+                    contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                    self._directory(f"{path}x") as (directory, _last),
+                ):
                     os.fsync(directory)
         with self.state.transaction():
             for step, stamp in shown:
@@ -427,7 +439,6 @@ class Side:
             raise SyncError(f"the history's copy of it is damaged: {kept}")
         os.fchmod(file, self._mode_of(step))
         os.utime(file, ns=times)
-        os.fsync(file)
         return file
 
     def _mode_of(self, step: Step) -> int:
@@ -436,7 +447,7 @@ class Side:
                 return stat.S_IMODE(os.stat(last, dir_fd=directory, follow_symlinks=False).st_mode) & 0o777
         return 0o644 if self.mode is None else self.mode
 
-    def _show(self, step: Step, file: int, token: str, directories: dict[str, None]) -> Stamp:
+    def _show(self, step: Step, token: str, directories: dict[str, None]) -> Stamp:
         """Let the name show what the step says; what lay there has the token then. Return the new stamp."""
         if step.kind == "note":
             return self.state.stamp(step.name) or NOTHING
@@ -463,7 +474,6 @@ class Side:
                 incoming.unlink()
             else:
                 _exchange(incoming, directory, last)
-            os.fsync(file)
             return Stamp.of(os.stat(last, dir_fd=directory, follow_symlinks=False))
 
     @contextlib.contextmanager

@@ -374,7 +374,8 @@ def test_killed_and_run_again(on: Any, places: Any, entries: Any, tmp_path: Path
             "call_command('tribrick', 'sync', 'run', '--no-catalog')"
         )
         with subprocess.Popen(
-            [sys.executable, "-c", program], env=os.environ | other_site(places, entries, tmp_path), stdout=-3, stderr=-3,
+            [sys.executable, "-c", program], env=os.environ | other_site(places, entries, tmp_path),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         ) as process:  # fmt: skip
             time.sleep(delay)
             process.kill()
@@ -396,7 +397,8 @@ def other_site(places: Any, entries: Any, tmp_path: Path) -> dict[str, str]:
     module.parent.mkdir(exist_ok=True)
     sync = {"state": str(three.path), "peers": [entries["n1"]], "quiet": 0}
     module.write_text(
-        "SECRET_KEY = 'x'\nUSE_TZ = True\nINSTALLED_APPS = ['django.contrib.auth', 'django.contrib.contenttypes', 'tribrick']\n"
+        "SECRET_KEY = 'x'\nUSE_TZ = True\nINSTALLED_APPS = "
+        "['django.contrib.auth', 'django.contrib.contenttypes', 'tribrick']\n"
         f"MEDIA_ROOT = {str(three.root)!r}\n"
         f"TRIBRICK = {{'NODE': 'n3', 'SENTINEL_ID': False, 'SYNC': {sync!r}}}\n"
     )
@@ -472,7 +474,8 @@ def test_nothing_can_be_written_or_read_around_the_door(places: Any, entries: An
     # With the options of a run, names that lead out lead nowhere.
     (tmp_path / "got").mkdir()
     subprocess.run(
-        ["rsync", "-e", shell, "--times", "--ignore-times", "--no-implied-dirs", "--files-from=-", f"{there}./", "got/"],
+        ["rsync", "-e", shell, "--times", "--ignore-times", "--no-implied-dirs", "--files-from=-", f"{there}./",
+         "got/"],
         input=b"../side.json\n../../a.jpg\n/etc/passwd\n", capture_output=True, timeout=60, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert [path for path in (tmp_path / "got").rglob("*") if path.is_file()] == []
@@ -532,7 +535,8 @@ def test_wrong_settings_are_refused(on: Any, wrong: Any) -> None:
 
 def test_wrong_options_are_refused(on: Any, places: Any) -> None:
     for arguments in (
-        ["run", "a.jpg"], ["resolve"], ["resolve", "a.jpg"], ["run", "--peer", "nobody"], ["run", "--strategy", "ask-file"],
+        ["run", "a.jpg"], ["resolve"], ["resolve", "a.jpg"], ["run", "--peer", "nobody"],
+        ["run", "--strategy", "ask-file"],
     ):  # fmt: skip
         code, said = on("n1", *arguments)
         assert code == 1 and isinstance(said, str), arguments

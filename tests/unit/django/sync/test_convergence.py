@@ -71,7 +71,7 @@ class Near:
             if kept.exists() and self.rng.random() >= self.loses:
                 new = side.history / "fetch" / sha256
                 shutil.copyfile(kept, new)
-                side.keep(new, sha256)
+                side.keep([(new, sha256)])
                 came.add(sha256)
         return came, ""
 

@@ -159,7 +159,7 @@ def test_a_conflict_from_elsewhere_gets_rows(site: Any) -> None:
         path = side.history / "incoming" / "x"
         path.write_bytes(b"theirs")
         sha256 = _hash(path)
-        side.keep(path, sha256)
+        side.keep([(path, sha256)])
         state.add(
             [versions.replace(base, vector=base.vector.with_count("n2.00000001", 1), sha256=sha256, size=6, node="n2")]
         )
@@ -207,9 +207,10 @@ def test_killed_between_disk_and_catalog(site: Any, monkeypatch: pytest.MonkeyPa
                     real(self, *arguments, **more)
                 raise Killed
 
-            with monkeypatch.context() as patch, pytest.raises(Killed):
+            with monkeypatch.context() as patch:
                 patch.setattr(Replay, place, dying)
-                run()
+                with pytest.raises(Killed):
+                    run()
     assert run()[0] == 0
     assert [row.version for row in catalog.versions(old)] == [2, 1], "once, and as a version"
     assert sorted(site.tree().values()) == [b"changed", b"one"]

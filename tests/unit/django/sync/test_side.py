@@ -116,7 +116,7 @@ def test_many_deletions_need_a_person(place: Any) -> None:
     for number in range(11):
         (place.root / f"{number}.jpg").unlink()
     place.write("new.jpg", b"new")
-    with pytest.raises(SyncError, match="11 of 30 files would be deleted.*--accept 11"):
+    with pytest.raises(SyncError, match=r"11 of 30 files would be deleted.*--accept 11"):
         place.scan()
     assert heads(place, "new.jpg") == [] and not heads(place, "0.jpg")[0].deleted, "nothing was recorded"
     assert len(place.scan(accept=11).gone) == 11
@@ -160,7 +160,7 @@ def test_a_directory_that_cannot_be_read_is_no_deletion(place: Any, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(side_module.os, "open", broken)
-        with pytest.raises(SyncError, match="cannot be read.*nothing was recorded"):
+        with pytest.raises(SyncError, match=r"cannot be read.*nothing was recorded"):
             place.scan()
     assert not heads(place, "d/a.jpg")[0].deleted and not heads(place, "b.jpg")[0].deleted
 
@@ -190,7 +190,7 @@ def test_a_damaged_state_is_said_before_anything_is_changed(place: Any, damage: 
 
 
 def test_a_state_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SyncError, match="there is no state at .*--init"):
+    with pytest.raises(SyncError, match=r"there is no state at .*--init"):
         State.open(tmp_path / "none.sqlite")
     assert not list(tmp_path.iterdir())
 
@@ -215,7 +215,7 @@ def wish(place: Any, name: str, data: bytes | None) -> Step:
             path = side.history / "incoming" / "x"
             path.write_bytes(data)
             sha256 = side_module._hash(path)
-            side.keep(path, sha256)
+            side.keep([(path, sha256)])
             base = before or versions.Version(name, versions.VersionVector(), "", 0, 0, 0, "n2")
             known = versions.replace(base, sha256=sha256, size=len(data), modified=1_000_000_000)
         made = side.state.write(name, known, at=5)

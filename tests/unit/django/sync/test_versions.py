@@ -128,7 +128,8 @@ def spoilt(place: int, value: Any) -> list[Any]:
                                            {"n1.00000001": "1"}, {"n1.00000001": True}, {"~~": 1}, [], None,
                                            {"n1.00000001": 2**63})),
         *(spoilt(2, sha256) for sha256 in ("1" * 63, "G" * 64, None, "../" + "1" * 61)),
-        spoilt(3, -1), spoilt(3, 1.5), spoilt(4, "1"), spoilt(5, 2**70), spoilt(6, ""), spoilt(6, "a b"), spoilt(7, "../x"),
+        spoilt(3, -1), spoilt(3, 1.5), spoilt(4, "1"), spoilt(5, 2**70), spoilt(6, ""), spoilt(6, "a b"),
+        spoilt(7, "../x"),
     ],
 )  # fmt: skip
 def test_what_is_no_version_is_refused(bad: Any) -> None:
