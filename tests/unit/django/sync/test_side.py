@@ -405,3 +405,13 @@ def test_others_know_more_of_us_than_we_do(place: Any) -> None:
         assert state.meta("replica") == before
         state.add([versions.replace(mine, vector=mine.vector.with_count(before, 99))])
         assert state.meta("replica") != before
+
+
+def test_what_a_killed_run_has_written_is_no_change_of_anybodys(place: Any) -> None:
+    place.write("a.jpg", b"old")
+    place.scan()
+    step = wish(place, "a.jpg", b"new")
+    place.write("a.jpg", b"new")
+    assert place.scan().recorded == 0
+    with State.open(place.path) as state:
+        assert state.on_disk("a.jpg") == step.after and state.heads("a.jpg") == [step.after]
