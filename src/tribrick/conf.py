@@ -40,6 +40,9 @@ key                     default                  meaning
 ``TIMEOUT``             2                        seconds for one whole operation on all hosts, ...
 ``MINIMUM_RATE``        1 MiB                    ... and more for the bytes it moves, at this rate a
                                                  second
+``SYNC``                none                     reconciliation of directories: ``state``, ``peers``,
+                                                 ``storage``, ``strategy``, ``linked``, ``quiet``,
+                                                 see docs/sync.md
 ``TRANSPORT``           none                     arguments for the transport: ``ca``,
                                                  ``certificate``, ``key``, ``hmac_key``, ...
 ======================  =======================  ==================================================
@@ -76,6 +79,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "SHOW_TRACEBACK": False,
     "TIMEOUT": 2.0,
     "MINIMUM_RATE": 1024 * 1024,
+    "SYNC": {},
     "TRANSPORT": {},
 }
 

@@ -39,6 +39,7 @@ EXPECTED = {
     "docs/security.md",
     "docs/spool.md",
     "docs/storages.md",
+    "docs/sync.md",
     "docs/testing.md",
     "docs/tutorial-moving.md",
     "docs/variables.md",

@@ -18,6 +18,7 @@ INSIDE = {
     "tribrick.storage.mount",
     "tribrick.storage.saving",
     "tribrick.storage.volume",
+    "tribrick.sync.command",
 }
 
 

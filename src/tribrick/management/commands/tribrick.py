@@ -24,6 +24,7 @@ from tribrick.conf import setting
 from tribrick.copies import QUARANTINE, AuditError, Copy, copies
 from tribrick.errors import StorageError
 from tribrick.models import MediaFile
+from tribrick.sync.state import SyncError
 
 log = logging.getLogger("tribrick.commands")
 EXIT = """\
@@ -139,11 +140,17 @@ class Command(BaseCommand):
         storage(one)
         one.add_argument("host", help="as it stands in MEDIA_HOSTS")
 
+        from tribrick.sync import command as sync
+
+        text = "Reconcile directories that were changed directly, each on its own side"
+        one = command("sync", self._sync, text, sync.MORE)
+        sync.add_arguments(one)
+
     def handle(self, *_args: Any, **options: Any) -> None:
         """Run the command; errors of the outside world are one sentence."""
         try:
             options["work"](options)
-        except (AuditError, ledger.LedgerError) as error:
+        except (AuditError, ledger.LedgerError, SyncError) as error:
             raise CommandError(str(error), returncode=1) from error
         except (StorageError, DatabaseError, sqlite3.Error, OSError) as error:
             raise CommandError(" ".join(str(error).split()), returncode=2) from error
@@ -344,6 +351,16 @@ class Command(BaseCommand):
             what = "written" if options["apply"] else "missing; --apply writes them"
             text = [f"{done.changes} changes, {done.files} files, {done.updated} newer states {what}"]
             self._answer(options, {"applied": options["apply"], **vars(done)}, text)
+
+    # Reconciliation.
+
+    def _sync(self, options: dict[str, Any]) -> None:
+        from tribrick.sync import command as sync
+
+        answer = sync.work(options, self._progress())
+        self._answer(options, answer.document, answer.text)
+        if answer.trouble:
+            raise CommandError(answer.trouble, returncode=answer.code)
 
     # Replication.
 
