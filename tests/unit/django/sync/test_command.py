@@ -24,6 +24,9 @@ from tribrick import far_copies
 from tribrick.sync import move, plan
 from tribrick.sync.state import State
 
+# Each asks three sides over SSH several times, and takes about ten seconds; the short set has three of them.
+OVER_SSH = pytest.mark.sample(3, "sync over ssh")
+
 NODES = ("n1", "n2", "n3")
 
 
@@ -101,6 +104,7 @@ def test_three_directories_become_the_same(on: Any, places: Any) -> None:
         assert on(node, "status")[0] == 0
 
 
+@OVER_SSH
 @pytest.mark.parametrize("strategy", ["newest", "keep-both"])
 def test_concurrent_changes(on: Any, places: Any, strategy: str) -> None:
     one, two, three = places
@@ -131,6 +135,7 @@ def test_concurrent_changes(on: Any, places: Any, strategy: str) -> None:
     assert "a.jpg" in text and f"{len(copies)} conflict copies" in text
 
 
+@OVER_SSH
 def test_a_conflict_is_resolved_on_one_node_for_all(on: Any, places: Any) -> None:
     one, two, three = places
     for name in ("a.jpg", "b.jpg"):
@@ -154,6 +159,7 @@ def test_a_conflict_is_resolved_on_one_node_for_all(on: Any, places: Any) -> Non
         assert code == 1 and "neither a conflict copy nor undecided" in said
 
 
+@OVER_SSH
 def test_questions_go_to_a_file_and_answers_come_from_it(on: Any, places: Any, tmp_path: Path) -> None:
     one, two, three = places
     file = tmp_path / "questions.json"
@@ -202,6 +208,7 @@ def test_questions_go_to_a_file_and_answers_come_from_it(on: Any, places: Any, t
     assert json.loads(file.read_text())["conflicts"] == []
 
 
+@OVER_SSH
 def test_a_plan_changes_nothing(on: Any, places: Any) -> None:
     one, two, _three = places
     one.write("a.jpg", b"old")
@@ -234,6 +241,7 @@ def test_a_plan_changes_nothing(on: Any, places: Any) -> None:
     assert on("n1", "plan")[1]["steps"] == []
 
 
+@OVER_SSH
 def test_many_deletions_of_a_peer_need_a_person(on: Any, places: Any) -> None:
     one, two, _three = places
     for number in range(30):
@@ -280,6 +288,7 @@ def test_a_peer_that_hangs_is_away(on: Any, entries: Any, monkeypatch: pytest.Mo
         assert code == 2 and list(said["away"]) == ["n2"] and time.monotonic() - started < 5
 
 
+@OVER_SSH
 def test_contents_come_from_whoever_has_them(on: Any, places: Any, entries: Any) -> None:
     """The third hears of the first's file through the second, and gets it from there; or waits for it."""
     one, two, three = places
@@ -362,6 +371,7 @@ def test_of_a_changed_file_only_the_difference_is_sent(
     assert three.contents() == {data, data[:1_000_000] + b"changed" + data[1_000_000:]}, "the old content is whole"
 
 
+@OVER_SSH
 def test_killed_and_run_again(on: Any, places: Any, entries: Any, tmp_path: Path) -> None:
     """A real process, real SSH, real rsync, SIGKILL at any moment."""
     one, two, three = places
@@ -406,6 +416,7 @@ def other_site(places: Any, entries: Any, tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(paths), "DJANGO_SETTINGS_MODULE": "site3_settings"}
 
 
+@OVER_SSH
 def test_two_runs_at_once(on: Any, places: Any) -> None:
     """All three run at the same time, more than once: nobody waits for ever."""
     for place in places:
