@@ -429,6 +429,8 @@ class Mirror:
             try:
                 self._run(full=full, snapshot=snapshot)
                 self.report.problems = sorted(self._wrong.values())
+                if not self.report.problems:
+                    self.state.good = time.time()
             except (MirrorError, LedgerError, OSError) as error:
                 self.report.problems = [str(error), *sorted(self._wrong.values())]
                 raise
@@ -436,8 +438,6 @@ class Mirror:
                 self.report.seconds = round(time.monotonic() - began, 1)
                 self.state.ended = time.time()
                 self.state.problems = [*self.report.problems, *self.report.volume][:SHOWN]
-                if not self.report.problems:
-                    self.state.good = self.state.ended
                 self._save()
         return self.report
 

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from django.conf import settings
 from django.core.files.base import ContentFile
+from django.db import transaction
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -198,8 +199,9 @@ def test_a_password_is_not_on_the_command_line() -> None:
 
 
 def test_the_newest_change_of_a_dump() -> None:
-    text = 'SET x;\nCOPY public.tribrick_change (id, kind, "number", name) FROM stdin;\n1\ta\t7\tx\n2\ta\t\\N\tx\n3\tb\t12\ty\n\\.\n99\n'
-    assert mirror.newest_change(text.splitlines()) == 12
+    rows = ["1\ta\t7\tx", "2\ta\t\\N\tx", "3\tb\t12\ty", "\\.", "99"]
+    head = 'COPY public.tribrick_change (id, kind, "number", name) FROM stdin;'
+    assert mirror.newest_change(["SET x;", head, *rows]) == 12
     with pytest.raises(MirrorError, match="migrated"):
         mirror.newest_change(["SET x;"])
 
@@ -568,6 +570,19 @@ def test_full_disk_is_said_before_anything_is_copied(config: Config, monkeypatch
     assert len(current(config)) == 1 and len(Mirror(config).snapshots()) == 1
 
 
+def test_a_run_that_was_ended_is_not_a_good_one(config: Config) -> None:
+    one = Mirror(config)
+
+    def ended(_ledger: Any) -> None:
+        sys.exit(2)
+
+    one._full = ended  # type: ignore[method-assign]
+    ledger.follow_once(config.ledger)
+    with pytest.raises(SystemExit):
+        one.run(full=True)
+    assert json.loads((Path(config.place) / "state.json").read_text())["good"] == 0
+
+
 def test_one_run_at_a_time(config: Config) -> None:
     with Mirror(config)._lock(), pytest.raises(Away, match=f"another run is at work \\(process {os.getpid()}\\)"):
         run(config)
@@ -650,6 +665,59 @@ def test_killed_anywhere_and_run_again(config: Config, alone: list[str], seed: i
     assert not [path for path in (Path(config.place) / "snapshots").iterdir() if path.name.startswith(".")]
 
 
+def test_what_a_run_over_many_files_costs(config: Config, alone: list[str]) -> None:
+    """The figures of docs/measurements.md: ``TRIBRICK_MIRROR_FILES=100000 pytest -s -k many_files``."""
+    count = int(os.environ.get("TRIBRICK_MIRROR_FILES", "2000"))
+    data = os.urandom(1024)
+    digest = hashlib.sha256(data).hexdigest()
+    for first in range(0, count, 2000):
+        rows = [
+            MediaFile(name=f"photos/{n % 16:x}/{n // 16 % 16:x}/{n}.jpg", sha256=digest, size=len(data))
+            for n in range(first, min(first + 2000, count))
+        ]
+        with transaction.atomic():
+            MediaFile.objects.bulk_create(rows)
+            Change.objects.bulk_create(
+                [
+                    Change(kind="added", name=row.name, sha256=digest, size=row.size, details={"id": row.pk})
+                    for row in rows
+                ]
+            )
+        for row in rows:
+            path = root() / row.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    took: dict[str, float] = {}
+
+    def timed(what: str, *words: str) -> dict[str, Any]:
+        ledger.follow_once(config.ledger)
+        began = time.monotonic()
+        done = subprocess.run(
+            [*alone, "--config", write(changed(config, stall=300)), "run", "--json", *words],
+            capture_output=True, text=True, timeout=1800, check=False,
+        )  # fmt: skip
+        took[what] = round(time.monotonic() - began, 1)
+        assert done.returncode == 0, done.stderr
+        said: dict[str, Any] = json.loads(done.stdout)
+        return said
+
+    assert timed("first run, all copied, with a snapshot", "--snapshot")["copied"] == count
+    for n in range(50):
+        catalog.delete(f"photos/{n % 16:x}/{n // 16 % 16:x}/{n}.jpg")
+        add(os.urandom(1024))
+    said = timed("100 changes, no snapshot", "--no-snapshot")
+    assert (said["copied"], said["removed"]) == (50, 50)
+    for n in range(50, 100):
+        catalog.delete(f"photos/{n % 16:x}/{n // 16 % 16:x}/{n}.jpg")
+        add(os.urandom(1024))
+    said = timed("100 changes, with a snapshot", "--snapshot")
+    assert (said["copied"], said["removed"], said["good"]) == (50, 50, True)
+    assert timed("nothing changed, no snapshot", "--no-snapshot")["copied"] == 0
+    assert timed("full pass, no snapshot", "--no-snapshot", "--full")["problems"] == []
+    print(json.dumps({"files": count, "seconds": took}, indent=2))
+    assert took["100 changes, no snapshot"] < 30
+
+
 # Off-site
 
 
@@ -708,12 +776,12 @@ def test_push_over_ssh_into_one_directory(config: Config, far: tuple[dict[str, A
     assert set(tree(last / "files")) == {other.name, third.name}
     assert mirror.verify(there / "node7" / first) == []
     # The far host keeps and removes on its own.
-    assert (
-        mirror.main(
-            ["expire", "--directory", str(there / "node7"), "--hourly", "1", "--daily", "0", "--weekly", "0", "--apply"]
-        )
-        == 0
-    )
+    for number, name in enumerate((first, second.name)):
+        (there / "node7" / name).rename(there / "node7" / f"2020-01-0{number + 1}T00-00-00Z")
+    keep = ["--hourly", "1", "--daily", "0", "--weekly", "0"]
+    assert mirror.main(["expire", "--directory", str(there / "node7"), *keep]) == 0
+    assert len(mirror.read_snapshots(there / "node7")) == 3, "it is only said"
+    assert mirror.main(["expire", "--directory", str(there / "node7"), *keep, "--apply"]) == 0
     assert [one.name for one in mirror.read_snapshots(there / "node7")] == [report.snapshot]
 
 
