@@ -36,6 +36,7 @@ import gzip
 import hashlib
 import json
 import os
+import pwd
 import random
 import re
 import selectors
@@ -424,7 +425,7 @@ class Mirror:
             raise MirrorError(f"{self.place} is not there; run site.yml")
         with self._lock():
             began = time.monotonic()
-            self._load()
+            self.load()
             self.state.started = time.time()
             try:
                 self._run(full=full, snapshot=snapshot)
@@ -916,7 +917,7 @@ class Mirror:
 
     # What is remembered
 
-    def _load(self) -> None:
+    def load(self) -> None:
         """Read the state; without a readable one everything is looked at again, and nothing is lost."""
         known = {one.name for one in fields(State)}
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
@@ -1069,10 +1070,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _config(options: argparse.Namespace) -> Config:
+    """Read the configuration, and go on as the user that owns the mirror."""
     try:
-        return read_config(Path(options.config).read_text(encoding="utf-8"))
+        config = read_config(Path(options.config).read_text(encoding="utf-8"))
+        owner = os.stat(config.place)
     except OSError as error:
-        raise MirrorError(f"{options.config}: {error.strerror}; run site.yml, or use sudo") from error
+        raise MirrorError(f"{error.filename}: {error.strerror}; run site.yml, or use sudo") from error
+    if os.geteuid() == 0 and owner.st_uid != 0:  # else the next run could not write what root has made
+        os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+    return config
 
 
 def _progress() -> Progress:
@@ -1125,7 +1133,9 @@ def _list(options: argparse.Namespace) -> int:
             {"snapshot": one.name, "path": str(mirror.snapshots_at / one.name), "good": one.good, "number": one.number}
             for one in shown
         ]
-        print(json.dumps({"node": mirror.config.node, "current": str(mirror.current), "snapshots": listed}))
+        mirror.load()
+        document = {"node": mirror.config.node, "current": str(mirror.current), "number": mirror.state.number}
+        print(json.dumps({**document, "snapshots": listed}))
     else:
         for one in shown:
             print(f"{one.name}  {'good' if one.good else 'not good'}  number {one.number}")

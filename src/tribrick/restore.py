@@ -43,7 +43,8 @@ class Restored:
     adopted: list[str] = field(default_factory=list)
     dead: list[str] = field(default_factory=list)
     again: dict[str, str] = field(default_factory=dict)
-    """Deleted files that were stored once more: old name, new name."""
+    """Deleted files that were stored once more: old name, new name; *before*: by an earlier restore."""
+    before: dict[str, str] = field(default_factory=dict)
     lacking: dict[str, str] = field(default_factory=dict)
     """Rows whose bytes are neither here nor there, for instance since they are newer than the tree."""
     refused: dict[str, str] = field(default_factory=dict)
@@ -197,7 +198,7 @@ class Restore:
         original = details.get("original") or names.display_name(names.basename(name))
         alive = MediaFile.objects.using(catalog.database()).filter(state=State.STORED, sha256=seen.sha256)
         if (there := alive.filter(original=original).first()) is not None:
-            self.report.again[name] = there.name
+            self.report.before[name] = there.name
             return
         if not self.apply:
             self.report.again[name] = ""

@@ -294,6 +294,7 @@ class Command(BaseCommand):
         text += [f"newer than the database, adopted: {name}" for name in done.adopted]
         text += [f"deleted, skipped: {name}" for name in done.dead]
         text += [f"deleted, stored again: {old} as {new or 'a new name'}" for old, new in done.again.items()]
+        text += [f"deleted, was stored again before: {old} as {new}" for old, new in done.before.items()]
         text += [f"lacking: {name}: {why}" for name, why in done.lacking.items()]
         text += [f"refused: {name!r}: {why}" for name, why in done.refused.items()]
         text.append(

@@ -166,7 +166,7 @@ def test_deleted_files_come_back_under_new_names(config: Config, user: Any) -> N
     assert code == 0 and new != row.name and tree() == {new: b"deleted by mistake"}
     made = MediaFile.objects.get(name=new)
     assert (made.original, made.owner, made.content_type) == ("Été.txt", user, "text/plain")
-    assert restore(place, "--apply", "--include-deleted")[1]["again"] == {row.name: new}, "once"
+    assert restore(place, "--apply", "--include-deleted")[1]["before"] == {row.name: new}, "once"
     assert set(tree()) == {new}
     assert MediaFile.objects.get(pk=row.pk).state == "purged", "a name is never alive again"
 
