@@ -65,8 +65,8 @@ def wrong(path: str, seen: dict, min_free: float, data_mount: str, allow_shared:
     found = []
     if seen["shared"] and not allow_shared:
         found.append(
-            f"{path} is on the same file system as {' and '.join(seen['shared'])}, so one disk would take both. Mount a "
-            "disk of its own there, or set media_mirror_path (for a lab: tribrick_allow_shared_filesystem)."
+            f"{path} is on the same file system as {' and '.join(seen['shared'])}, so one disk would take both. Mount "
+            "a disk of its own there, or set media_mirror_path (for a lab: tribrick_allow_shared_filesystem)."
         )
     if seen["free"] < min_free * GIB:
         found.append(
@@ -75,8 +75,8 @@ def wrong(path: str, seen: dict, min_free: float, data_mount: str, allow_shared:
         )
     if seen["free"] + seen["held"] < seen["needed"]:
         found.append(
-            f"{path} has room for {(seen['free'] + seen['held']) / GIB:.1f} GiB, {seen['needed'] / GIB:.1f} GiB are used "
-            f"on {data_mount}. Give it more space."
+            f"{path} has room for {(seen['free'] + seen['held']) / GIB:.1f} GiB, {seen['needed'] / GIB:.1f} GiB are "
+            f"used on {data_mount}. Give it more space."
         )
     return found
 

@@ -18,7 +18,7 @@ FINE = {"free": 20 * GIB, "held": 0, "needed": 10 * GIB, "shared": []}
 
 
 def wrong(**seen: Any) -> list[str]:
-    return mirror_place.wrong("/srv/media-mirror", {**FINE, **seen}, 5.0, "/srv/gluster/media", seen.pop("allow", False))
+    return mirror_place.wrong("/srv/media-mirror", {**FINE, **seen}, 5.0, "/srv/gluster/media", False)
 
 
 def test_a_place_with_room_on_a_disk_of_its_own_is_fine() -> None:
@@ -57,7 +57,8 @@ def test_the_module_looks_and_changes_nothing(tmp_path: Path, capsys: pytest.Cap
     place = tmp_path / "not/there/yet"
     said = run(capsys, path=str(place), apart_from=[str(brick), "/nowhere"], min_free_gib=0)
     assert said["failed"] and said["shared"] == [str(brick)] and "a disk of its own" in said["msg"]
-    said = run(capsys, path=str(place), apart_from=[str(brick)], min_free_gib=0, allow_shared=True, data_mount=str(brick))
+    shared = {"apart_from": [str(brick)], "data_mount": str(brick), "allow_shared": True}
+    said = run(capsys, path=str(place), min_free_gib=0, **shared)
     assert said["changed"] is False and said["needed"] == 0
     assert not place.exists()
     said = run(capsys, path=str(place), min_free_gib=1 << 30)
@@ -90,7 +91,7 @@ def test_the_host_with_the_newest_snapshot_restores() -> None:
 
 def test_no_mirror_at_all_names_each_host() -> None:
     answers = {
-        "node1": {"rc": 1, "stdout": "", "stderr": "tribrick-mirror: there is no good snapshot of 2020-01-01 or before"},
+        "node1": {"rc": 1, "stdout": "", "stderr": "tribrick-mirror: no good snapshot of 2020-01-01"},
         "node2": {"unreachable": True, "msg": "no route to host"},
         "node3": {"rc": 0, "stdout": "nonsense", "stderr": ""},
     }
@@ -100,8 +101,8 @@ def test_no_mirror_at_all_names_each_host() -> None:
 
 def test_what_a_restore_did_is_said_line_by_line() -> None:
     said = {
-        "tree": "/m/s", "applied": True, "right": 3, "restored": ["a", "b"], "adopted": [], "dead": [], "again": {"c": "d"},
-        "before": {}, "lacking": {"e": "the mirror does not have it"}, "refused": {},
+        "tree": "/m/s", "applied": True, "right": 3, "restored": ["a", "b"], "adopted": [], "dead": [],
+        "again": {"c": "d"}, "before": {}, "lacking": {"e": "the mirror does not have it"}, "refused": {},
     }  # fmt: skip
     lines = filters.explain_restore(said)
     assert lines[0] == "from /m/s" and "2 restored" in lines and "  a" in lines and "  c: d" in lines
