@@ -512,10 +512,9 @@ class Mirror:
 
     # Following the ledger
 
-    def _follow(self, ledger: Ledger, to: int | None = None) -> None:
-        """Bring ``current/`` from the number it has to *to*, by default the ledger's last one."""
-        last, _ = ledger.last()
-        to = last if to is None else to
+    def _follow(self, ledger: Ledger) -> None:
+        """Bring ``current/`` from the number it has to the ledger's last one."""
+        to, chain = ledger.last()
         if self.state.number and ledger.chain(self.state.number) != self.state.chain:
             # Another history: a restored database. All of it is looked at; only its tombstones remove.
             self.state.number, self.state.chain = 0, ""
@@ -533,7 +532,7 @@ class Mirror:
         self._remove(dead, ledger)
         self._sync()
         self.state.pending = sorted(self._wrong)
-        self.state.number, self.state.chain = to, ledger.chain(to) or ""
+        self.state.number, self.state.chain = to, chain
         self.report.number = to
         self._save()
 
@@ -753,7 +752,6 @@ class Mirror:
         new.mkdir(mode=0o750)
         number = self._dump(new / "database.dump")
         self._wait_for(ledger, number)
-        self._follow(ledger, number)
         known = self._known_at(ledger, number)
         gone = self._compare(known, ledger)
         # rsync makes a link wherever size and time agree, which here is everywhere.
@@ -823,7 +821,7 @@ class Mirror:
             )
 
     def _compare(self, known: Mapping[str, Known], ledger: Ledger) -> list[str]:
-        """Compare names and sizes of ``current/`` with the ledger at the marker; fetch what is lacking.
+        """Compare names and sizes of ``current/`` with the ledger at the marker; bring it to that number.
 
         Returns the files that were deleted on the volume after the dump and before they could be copied.
         """
