@@ -371,14 +371,14 @@ def test_a_volume_that_hangs_does_not_hang_the_run(config: Config, instead: Any)
 
 def test_nobody_joins_a_process_that_hangs(config: Config) -> None:
     run(config)
-    with subprocess.Popen(["sleep", "1000"]) as hangs:
+    with subprocess.Popen(["sleep", "1000"]) as hangs, contextlib.ExitStack() as stack:
+        stack.callback(hangs.kill)
         left = Path(config.place) / ".left"
         left.write_text(json.dumps({"pid": hangs.pid, "started": mirror._started(hangs.pid)}))
         with pytest.raises(Away, match=f"process {hangs.pid} of an earlier run still hangs"):
             run(config)
         left.write_text(json.dumps({"pid": hangs.pid, "started": "1"}))  # another process of that number
         run(config)
-        hangs.kill()
 
 
 def test_other_bytes_on_the_volume_never_come_in(config: Config) -> None:
@@ -606,6 +606,21 @@ def test_old_snapshots_expire(config: Config) -> None:
     assert newest in Mirror(config).snapshots()
     (there / "2000-01-01T00-00-00Z").mkdir()  # no marker: not ours to judge
     assert run(config).expired == [] and (there / "2000-01-01T00-00-00Z").exists()
+
+
+def test_a_snapshot_is_gone_before_its_files_are(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config)
+    place = only_snapshot(config)
+
+    def killed(_path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mirror.shutil, "rmtree", killed)
+        mirror.remove_snapshot(place.parent, place.name)
+    assert Mirror(config).snapshots() == []
+    run(config)
+    assert len(list(place.parent.iterdir())) == 1, "the next run removes the rest"
 
 
 @pytest.fixture

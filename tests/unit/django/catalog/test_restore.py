@@ -105,6 +105,7 @@ def test_a_file_and_a_folder(config: Config) -> None:
     assert set(tree()) == {one.name, two.name}
     code, said = restore(place, "--apply", "--under", "photo")
     assert code == 1 and list(said["refused"]) == ["photo"], "part of a name is not a folder"
+    assert said["right"] == 0
     assert restore(f"{config.place}/current", "--apply", "--under", "private")[1]["restored"] == [other.name]
 
 
@@ -240,14 +241,16 @@ def test_a_disaster_of_all_nodes(config: Config, user: Any) -> None:
 
 
 def test_another_file_in_the_way_is_left_alone(config: Config) -> None:
-    row = add(b"from the mirror")
+    row, same = add(b"from the mirror"), add(b"the same")
     place = snapshot(config)
+    inode = (root() / same.name).stat().st_ino
     for model in (Media, MediaFile, Change):
         model.objects.all().delete()
     (root() / row.name).write_bytes(b"somebody's own")
     code, said = restore(place, "--apply")
     assert code == 1 and list(said["refused"]) == [row.name]
     assert (root() / row.name).read_bytes() == b"somebody's own"
+    assert said["adopted"] == [same.name] and (root() / same.name).stat().st_ino == inode
 
 
 @pytest.mark.parametrize("what", ["nothing", "broken", "place"])
