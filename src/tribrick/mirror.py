@@ -42,6 +42,7 @@ import re
 import selectors
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -432,7 +433,7 @@ class Mirror:
                 self.report.problems = sorted(self._wrong.values())
                 if not self.report.problems:
                     self.state.good = time.time()
-            except (MirrorError, LedgerError, OSError) as error:
+            except (MirrorError, LedgerError, sqlite3.Error, OSError) as error:
                 self.report.problems = [str(error), *sorted(self._wrong.values())]
                 raise
             finally:
@@ -1059,7 +1060,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(2))
     try:
         return _COMMANDS[options.command](options)
-    except (MirrorError, LedgerError) as error:
+    except (MirrorError, LedgerError, sqlite3.Error) as error:
         print(f"tribrick-mirror: {error}", file=sys.stderr)
         return error.code if isinstance(error, MirrorError) else 2
     except OSError as error:

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -483,6 +484,18 @@ def test_the_ledger_lags(config: Config, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(mirror.time, "sleep", sleep)
     report = Mirror(config).run(snapshot=True)
     assert waits and report.good and current(config) == {row.name: b"not in the ledger yet"}
+
+
+def test_a_ledger_that_cannot_be_read(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    add(b"one")
+    run(config)
+    with sqlite3.connect(config.ledger) as writer:
+        writer.execute("DROP TABLE files")
+    assert mirror.main(["--config", write(config), "run", "--full", "--snapshot"]) == 2
+    assert "no such table" in capsys.readouterr().err
+    Path(config.ledger).unlink()
+    assert mirror.main(["--config", write(config), "run"]) == 2
+    assert "tribrick-ledger" in capsys.readouterr().err and len(current(config)) == 1
 
 
 def test_a_database_that_lost_its_last_changes_makes_no_snapshot(config: Config) -> None:
