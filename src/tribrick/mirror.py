@@ -298,7 +298,8 @@ def run_watched(
         question.write(given)
         question.seek(0)
         process = subprocess.Popen(
-            command,
+            # When this process is killed, an rsync that goes on would be in the way of the next run.
+            ["setpriv", "--pdeathsig", "KILL", *command],
             stdin=question,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -672,21 +672,24 @@ def test_the_program_needs_no_django(config: Config, alone: list[str]) -> None:
 def test_killed_anywhere_and_run_again(config: Config, alone: list[str], seed: int) -> None:
     chance = random.Random(seed)
     rows = [add(os.urandom(20_000)) for _ in range(150)]
-    killed = 0
+    ledger.follow_once(config.ledger)
+    words = [*alone, "--config", write(config), "run", "--full", "--snapshot"]
+    began = time.monotonic()
+    assert subprocess.run(words, capture_output=True, timeout=60, check=False).returncode == 0
+    whole, killed = time.monotonic() - began, 0
     for _ in range(12):
         catalog.delete(rows.pop(chance.randrange(len(rows))))
         rows.append(add(os.urandom(20_000)))
         ledger.follow_once(config.ledger)
         with subprocess.Popen(
-            [*alone, "--config", write(config), "run", "--full", "--snapshot"], start_new_session=True,
+            words, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         ) as process:  # fmt: skip
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0.05, 0.9))
+                process.wait(chance.uniform(0.1, 0.9) * whole)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
-        # rsync has a session of its own and ends with its pipe.
         known = {row.name for row in rows}
         for name, data in current(config).items() if (Path(config.place) / "current").exists() else ():
             if name in known:
