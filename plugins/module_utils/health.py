@@ -89,6 +89,8 @@ class Config:
     ledger: str = ""
     clock_seconds: int = 5
     heal_seconds: int = 600
+    mirror: str = ""
+    mirror_seconds: int = 10800
     notify_command: str = ""
 
     @property
@@ -355,6 +357,15 @@ def judge_ledger(config: Config, age: float | None) -> list[Finding]:
         return []
     text = f"the ledger has not been followed for {_span(age)}: the database is away, or tribrick-ledger is"
     return [Finding("ledger", config.node, text, "warning", "playbooks/deploy_site.yml", None)]
+
+
+def judge_mirror(config: Config, age: float, problems: Sequence[str] = ()) -> list[Finding]:
+    """Seconds since the last good run of the mirror, and what the last run said."""
+    if age < config.mirror_seconds:
+        return []
+    why = f" ({problems[0]})" if problems else ""
+    text = f"the last good run of the mirror was {_span(age)} ago{why}; journalctl -t tribrick-mirror tells more"
+    return [Finding("mirror", config.node, text, "warning", "playbooks/deploy_mirror.yml", None)]
 
 
 # --- remembering and telling, pure ----------------------------------------------------------
@@ -776,6 +787,22 @@ def see_ledger(config: Config) -> list[Finding]:
     return judge_ledger(config, age)
 
 
+def see_mirror(config: Config) -> list[Finding]:
+    """The mirror's own record. Until its first good run, time counts from when it was deployed."""
+    if not config.mirror:
+        return []
+    with open(config.mirror, encoding="utf-8") as stream:
+        place = json.load(stream)["place"]
+    last, problems = os.stat(config.mirror).st_mtime, []
+    try:
+        with open(os.path.join(place, "state.json"), encoding="utf-8") as stream:
+            state = json.load(stream)
+        last, problems = float(state["good"]) or last, [str(one) for one in state["problems"]]
+    except FileNotFoundError:
+        problems = ["it has not run yet"]
+    return judge_mirror(config, time.time() - last, problems)
+
+
 def look(config: Config) -> list[Finding]:
     """All findings. A part of the check that fails is a finding, and the others go on."""
     parts: list[Callable[[Config], list[Finding]]] = [
@@ -785,6 +812,7 @@ def look(config: Config) -> list[Finding]:
         see_web,
         see_databases,
         see_ledger,
+        see_mirror,
     ]
     parts += [see_certificates] if config.certificates else []
     parts += [see_brick, see_cluster] if config.has_brick else []

@@ -314,7 +314,7 @@ class Audit:
     def _walk(self, copy: Copy) -> None:
         met = 0
         try:
-            for batch in _batches(copy.walk() or ()):
+            for batch in batches(copy.walk() or ()):
                 known = self.source.get(found.name for found in batch)
                 for found in batch:
                     if found.name in known or found.name.startswith(self.others):
@@ -371,7 +371,8 @@ class Audit:
 _T = TypeVar("_T")
 
 
-def _batches(walked: Iterable[_T], size: int = PAGE) -> Iterator[list[_T]]:
+def batches(walked: Iterable[_T], size: int = PAGE) -> Iterator[list[_T]]:
+    """Yield portions of *size* elements."""
     iterator = iter(walked)
     while batch := list(islice(iterator, size)):
         yield batch
@@ -415,7 +416,7 @@ def reconcile(
 
     Everything is looked at again first, so what was mended meanwhile is passed over.
     """
-    for page in _batches(findings, MENDED_AT_ONCE):
+    for page in batches(findings, MENDED_AT_ONCE):
         done: dict[Finding, Repair] = {}
         for copy in every:
             mine = [finding for finding in page if finding.copy == copy.name and finding.kind != "extra"]
@@ -573,12 +574,12 @@ def settled_before() -> datetime:
 
 def strays(alias: str = "default", progress: Progress = _no_progress) -> Strays:
     """Walk through the storage and sort what the catalog does not know as stored."""
-    copy = _storage_copy(alias)
+    copy = storage_copy(alias)
     limit = settled_before().timestamp()
     source, found = CatalogSource(alias), Strays()
     # What a storage without rows has made has none, and is no stray.
     catalogued = getattr(storages[alias], "catalogued", True)
-    for batch in _batches(copy.walk()):
+    for batch in batches(copy.walk()):
         known = source.get(one.name for one in batch)
         for one in batch:
             found.seen += 1
@@ -598,7 +599,8 @@ def strays(alias: str = "default", progress: Progress = _no_progress) -> Strays:
     return found
 
 
-def _storage_copy(alias: str) -> PathCopy:
+def storage_copy(alias: str) -> PathCopy:
+    """Return the directory of a storage; ``AuditError`` if it has none, ``OSError`` if the volume is away."""
     storage = storages[alias]
     if not isinstance(storage, FileSystemStorage):
         raise AuditError(f"the storage {alias} has no directory that could be walked through")
@@ -628,7 +630,7 @@ def sweep(found: Strays, alias: str = "default", *, accept: int = 0) -> Swept:
             f"{len(doomed)} of {found.seen} files would be taken away, more than 1 %; nothing was touched. "
             f"Has the catalog lost rows (ledger rebuild), or do files come in around it (adopt)?"
         )
-    copy, source = _storage_copy(alias), CatalogSource(alias)
+    copy, source = storage_copy(alias), CatalogSource(alias)
     _ask_ledger(doomed, source.elsewhere)
     quarantined, removed = [], []
     for one in doomed:
@@ -695,7 +697,7 @@ def adopt(
 
     *under* is a directory; only files below it are taken.
     """
-    copy = _storage_copy(alias)
+    copy = storage_copy(alias)
     prefix = under.strip("/") + "/" if under.strip("/") else ""
     for one in [*found.foreign, *found.own]:
         if not one.name.startswith(prefix):

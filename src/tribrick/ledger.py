@@ -148,6 +148,11 @@ class Ledger:
         """Return the last number and the chain there; ``(0, "")`` of an empty ledger."""
         return _last(self._db)
 
+    def chain(self, number: int) -> str | None:
+        """Return the chain at a number; None if there is no such change."""
+        row = self._db.execute("SELECT chain FROM changes WHERE number = ?", (number,)).fetchone()
+        return str(row[0]) if row else None
+
     def changes(self, after: int = 0) -> Iterator[Entry]:
         """Yield the changes after a number, in order."""
         for row in self._db.execute(f"SELECT {_COLUMNS} FROM changes WHERE number > ? ORDER BY number", (after,)):  # noqa: S608

@@ -31,6 +31,7 @@ EXPECTED = {
     "docs/catalog.md",
     "docs/lab.md",
     "docs/measurements.md",
+    "docs/mirror.md",
     "docs/offline.md",
     "docs/operations.md",
     "docs/ports.md",
@@ -131,7 +132,7 @@ def wrong_commands(text: str) -> list[str]:
 
 def playbooks(text: str) -> set[str]:
     """Paths of the playbooks that a text names."""
-    verbs = "deploy|check|recover|reboot|renew|fallback|lab"
+    verbs = "deploy|check|recover|restore|reboot|renew|fallback|lab"
     found = set(re.findall(rf"(?<![\w/.-])((?:playbooks/)?(?:{verbs})_\w+\.yml)\b", text))
     found |= set(re.findall(r"(?<![\w/.-])site\.yml\b", text))
     return {name if "/" in name or name == "site.yml" else f"playbooks/{name}" for name in found}

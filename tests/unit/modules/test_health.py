@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,32 @@ def test_certificate_texts():
 def test_the_ledger():
     assert health.judge_ledger(CONFIG, None) == [] == health.judge_ledger(CONFIG, 10)
     assert only(health.judge_ledger(CONFIG, 400)).severity == "warning"
+
+
+def test_the_mirror(tmp_path):
+    assert health.judge_mirror(CONFIG, 10799) == []
+    said = only(health.judge_mirror(CONFIG, 10801, ["the volume is away", "and more"]))
+    assert said.severity == "warning" and said.command == "playbooks/deploy_mirror.yml"
+    assert "3 h ago (the volume is away)" in said.what
+
+    assert health.see_mirror(CONFIG) == [], "a host without one"
+    path = tmp_path / "mirror.json"
+    path.write_text(json.dumps({"place": str(tmp_path)}))
+    config = replace(CONFIG, mirror=str(path))
+    assert health.see_mirror(config) == [], "deployed just now"
+    old = time.time() - 20000
+    os.utime(path, (old, old))
+    assert "it has not run yet" in only(health.see_mirror(config)).what
+    state = {"good": time.time() - 60, "problems": []}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert health.see_mirror(config) == []
+    (tmp_path / "state.json").write_text(json.dumps({"good": old, "problems": ["pg_dump ended with 1"]}))
+    assert "pg_dump ended with 1" in only(health.see_mirror(config)).what
+    (tmp_path / "state.json").write_text(json.dumps({"good": 0, "problems": ["never well"]}))
+    assert "never well" in only(health.see_mirror(config)).what
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="Expecting"):  # look() makes a finding of it
+        health.see_mirror(config)
 
 
 def test_a_configuration_of_another_version_is_refused():

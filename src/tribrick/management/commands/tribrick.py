@@ -19,7 +19,7 @@ from django.contrib.auth import get_user_model
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, close_old_connections, connections
 
-from tribrick import audit, catalog, ledger
+from tribrick import audit, catalog, ledger, restore
 from tribrick.conf import setting
 from tribrick.copies import QUARANTINE, AuditError, Copy, copies
 from tribrick.errors import StorageError
@@ -98,6 +98,21 @@ class Command(BaseCommand):
         storage(one)
         one.add_argument(
             "--accept", type=_positive, default=0, metavar="N", help="take up to N even if that is more than 1 %%"
+        )
+        apply(one)
+
+        one = command(
+            "restore", self._restore, "Bring files back from a mirror or a snapshot of it",
+            "What the storage has already, with the right hash, is left alone. Files that the database does not\n"
+            "know are adopted, deleted ones are skipped, rows whose bytes are nowhere are listed.",
+        )  # fmt: skip
+        storage(one)
+        one.add_argument("tree", help="the directory of a snapshot, or the mirror's directory current")
+        one.add_argument(
+            "--under", action="append", default=[], metavar="PATH", help="only this file or directory; may be repeated"
+        )
+        one.add_argument(
+            "--include-deleted", action="store_true", help="store deleted files once more, under new names"
         )
         apply(one)
 
@@ -286,6 +301,28 @@ class Command(BaseCommand):
                 f"{swept.expired} removed from the quarantine"
             )
         self._answer(options, document, text)
+
+    def _restore(self, options: dict[str, Any]) -> None:
+        done = restore.Restore(
+            options["tree"], alias=options["storage"], under=options["under"], apply=options["apply"],
+            include_deleted=options["include_deleted"], progress=self._progress(),
+        ).run()  # fmt: skip
+        text = [f"restored: {name}" for name in done.restored]
+        text += [f"newer than the database, adopted: {name}" for name in done.adopted]
+        text += [f"deleted, skipped: {name}" for name in done.dead]
+        text += [f"deleted, stored again: {old} as {new or 'a new name'}" for old, new in done.again.items()]
+        text += [f"deleted, was stored again before: {old} as {new}" for old, new in done.before.items()]
+        text += [f"lacking: {name}: {why}" for name, why in done.lacking.items()]
+        text += [f"refused: {name!r}: {why}" for name, why in done.refused.items()]
+        text.append(
+            f"{done.right} were right, {len(done.restored)} restored, {len(done.adopted)} adopted, {len(done.dead)} "
+            f"skipped, {len(done.again)} stored again, {len(done.lacking)} lacking, {len(done.refused)} refused"
+        )
+        if not options["apply"]:
+            text.append("Nothing was done; --apply does it.")
+        self._answer(options, {"applied": options["apply"], **vars(done)}, text)
+        if not done.complete:
+            raise CommandError(f"{len(done.lacking)} lacking, {len(done.refused)} refused", returncode=1)
 
     # Versions.
 
