@@ -377,7 +377,7 @@ class Drain:
         copy = PathCopy("spool", str(self.spool.location), writable=True)
         try:
             copy.check()
-            for batch in audit._batches(copy.walk(), _PAGE):
+            for batch in audit.batches(copy.walk(), _PAGE):
                 if self._stop():
                     return
                 self._sort(copy, batch)
