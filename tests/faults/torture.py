@@ -60,6 +60,7 @@ class Run:
     renames: bool = True
     largest: int = 8 * 1024 * 1024
     pause: float = PAUSE
+    files: int = 0  # that a client keeps at most; 0: no limit but the space
 
     def __post_init__(self) -> None:
         """Open the history."""
@@ -73,7 +74,7 @@ class Run:
         self.directory = f"judge-{self.mark}" if self.renames else ""
         self.load = Workload(
             self.lab, self.token, self.seed, self.history, self.clients, directory=self.directory, largest=self.largest,
-            pause=self.pause,
+            pause=self.pause, files=self.files,
         )  # fmt: skip
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
 import random
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO
 from urllib.parse import quote
@@ -18,6 +20,7 @@ from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 from faults.checker import wrong_bytes
 from faults.history import CLASSES, Event, History, content
 from kit.lab import NODES, Lab
+from kit.run import KitError
 
 CONNECT, ANSWER = 3.0, 20.0  # how long a client waits: for a connection, then for (the rest of) an answer
 BUDGET = 24 * 1024 * 1024  # bytes that one client leaves alive: the disks are small
@@ -89,6 +92,7 @@ class Workload:
     readers: Sequence[str] = tuple(NODES)
     largest: int = 8 * 1024 * 1024
     pause: float = PAUSE
+    files: int = 0  # that a client keeps at most; 0: as many as fit into BUDGET
     known: Known = field(default_factory=Known)
     stop: threading.Event = field(default_factory=threading.Event)
     threads: list[threading.Thread] = field(default_factory=list)
@@ -112,6 +116,20 @@ class Workload:
         self.stop.set()
         for thread in self.threads:
             thread.join(patience)
+
+    def tidy(self) -> None:
+        """Delete all that the clients have stored and still have. Fails if a node does not."""
+        hosts = itertools.cycle(NODES)
+        with ThreadPoolExecutor(self.clients) as pool:
+            session = self._session()
+            answers = pool.map(
+                lambda one: self._ask(session, "DELETE", one[1], f"/api/media/{quote(one[0])}"),
+                zip(list(self.known.files), hosts, strict=False),
+            )
+            bad = [note or str(answer and answer.status_code) for answer, _, note in answers
+                   if answer is None or answer.status_code not in (204, 404)]  # fmt: skip
+        if bad:
+            raise KitError(f"{len(bad)} files could not be deleted: {bad[0]}")
 
     def _thread(self, work: Callable[[str], None], name: str) -> None:
         def guarded() -> None:
@@ -139,7 +157,7 @@ class Workload:
         while not self.stop.wait(self.pause * chance.random()):
             alive = sum(size for _, size in own.values())
             what = chance.choices(("upload", "read", "replace", "delete"), weights=(40, 35, 12, 13))[0]
-            if alive > BUDGET:
+            if alive > BUDGET or (self.files and len(own) > self.files):
                 name = max(own, key=lambda one: own[one][1])
                 what = "delete"
             elif own:

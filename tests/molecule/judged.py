@@ -15,6 +15,8 @@ CLIENTS = 8
 LARGEST = 8 * 1024 * 1024 if LONG else 1024 * 1024 + 1
 # The short set asks no more often than it takes to notice a failure: every file is judged in nine places.
 PAUSE = workload.PAUSE if LONG else 0.5
+# Files that a client keeps. Healing a disk takes time by the file, and the short set fills several.
+FILES = 0 if LONG else 30
 
 
 # In the short set a file's faults hit one node, one right after the other, and only the verdict waits for the heal: the

@@ -8,7 +8,7 @@ import pytest
 
 from faults.torture import Run
 from helpers import SEED, Rig
-from judged import CLIENTS, LARGEST, ONLY, PAUSE
+from judged import CLIENTS, FILES, LARGEST, ONLY, PAUSE
 from kit.lab import ROOT
 from kit.run import Console
 
@@ -30,8 +30,10 @@ def run(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Run]:
     """Load on all nodes for as long as the file's tests last. Its last test calls `verdict`."""
     name = word(request.path)
     place = ROOT / ".lab" / "test" / "faults" / name
-    run = Run(rig.lab, Console(), f"{SEED}-{name}", place, CLIENTS, largest=LARGEST, pause=PAUSE)
+    run = Run(rig.lab, Console(), f"{SEED}-{name}", place, CLIENTS, largest=LARGEST, pause=PAUSE, files=FILES)
     run.nemesis.recover()
     run.start()
     yield run
     run.load.finish()
+    if FILES and not request.session.testsfailed:  # what was found is to be looked at
+        run.load.tidy()

@@ -55,6 +55,22 @@ def test_an_honest_site(site: tuple[Any, Any], tmp_path: Path) -> None:
     assert all(share >= 0.05 for word, share in result.numbers["sizes"].items() if word in ("1 B", "64 KiB")), CLASSES
 
 
+def test_a_client_keeps_no_more_files_than_it_may(site: tuple[Any, Any], tmp_path: Path) -> None:
+    shop, lab = site
+    history = History(tmp_path / "history.jsonl")
+    load_ = Workload(lab, "t", "s", history, 4, largest=65_537, files=5)
+    load_.start()
+    end = time.monotonic() + 60
+    while len(history.events) < 600:
+        assert time.monotonic() < end and not load_.problems, load_.problems
+        threading.Event().wait(0.05)
+    load_.finish()
+    uploads = sum(event.kind == "ok" and event.what in ("upload", "replace") for event in history.events)
+    assert uploads > 60 and len(load_.known.files) <= 4 * 6, "and with replaced ones, which are kept beside the new"
+    load_.tidy()
+    assert not shop.files
+
+
 def test_unknown_outcomes_are_asked_for_again_and_never_red(site: tuple[Any, Any], tmp_path: Path) -> None:
     shop, lab = site
     shop.unknown = 0.5
