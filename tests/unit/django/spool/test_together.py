@@ -19,7 +19,7 @@ from tribrick import catalog, drain
 from tribrick.models import MediaFile
 from tribrick.storage import StorageUnavailable, saving
 
-SEED = int(os.environ.get("TRIBRICK_SEED", "0"))
+SEED = os.environ.get("TRIBRICK_SEED", "0")
 SECONDS = 20.0 if os.environ.get("TRIBRICK_SET") == "long" else 6.0
 
 
