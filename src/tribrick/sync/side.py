@@ -121,7 +121,7 @@ class Side:
         self._mark()
 
     def check(self) -> None:
-        """Raise :class:`~tribrick.sync.state.SyncError` unless the root is there and the one that the state was begun for."""
+        """Raise :class:`~tribrick.sync.state.SyncError` unless the root is the one that the state was begun for."""
         with contextlib.ExitStack() as stack:
             try:
                 root = _opened(stack, os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
