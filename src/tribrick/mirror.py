@@ -1101,14 +1101,19 @@ def _progress() -> Progress:
     return show
 
 
-def _run(options: argparse.Namespace) -> int:
-    config = _config(options)
-    if options.delay > 0:
-        time.sleep(random.uniform(0, options.delay))  # noqa: S311  so that nodes do not ask all at once
+def step_back(config: Config) -> None:
+    """Let other work on this host go first, from now on and for all that this process starts."""
     os.nice(config.nice)
     if shutil.which("ionice"):
         level = {"idle": "3", "best-effort": "2"}[config.io_class]
         subprocess.run(["ionice", "-c", level, "-p", str(os.getpid())], check=False, timeout=10)
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = _config(options)
+    if options.delay > 0:
+        time.sleep(random.uniform(0, options.delay))  # noqa: S311  so that nodes do not ask all at once
+    step_back(config)
     report = Mirror(config, _progress()).run(full=options.full, snapshot=options.snapshot)
     if options.json:
         print(json.dumps(asdict(report)))

@@ -70,6 +70,12 @@ def stored() -> dict[str, bytes]:
     return {name: (root() / name).read_bytes() for name in names}
 
 
+@pytest.fixture(autouse=True)
+def _own_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run within this process must not make all later tests the last to get a turn."""
+    monkeypatch.setattr(mirror, "step_back", lambda config: None)
+
+
 @pytest.fixture
 def config(tmp_path: Path, _site: None) -> Iterator[Config]:
     """The configuration of a mirror of the test's volume."""
@@ -645,6 +651,20 @@ def alone(tmp_path: Path) -> list[str]:
     for name in ("mirror.py", "ledger.py", "hasher.py"):
         shutil.copy(SOURCES / name, there / name)
     return [sys.executable, "-S", str(there / "mirror.py")]
+
+
+def test_a_run_lets_other_work_go_first(config: Config) -> None:
+    lines = [
+        "import json, os, subprocess, sys", "from tribrick import mirror", "given = json.load(sys.stdin)",
+        "before = os.nice(0)", "mirror.step_back(mirror.Config(**given))",
+        "said = subprocess.run(['ionice', '-p', str(os.getpid())], capture_output=True, text=True).stdout.split()[0]",
+        "print(os.nice(0) - before, said.rstrip(':'))",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], input=json.dumps(vars(changed(config, nice=3))), capture_output=True,
+        text=True, timeout=60, check=True, env=os.environ | {"PYTHONPATH": str(SOURCES.parent)},
+    )  # fmt: skip
+    assert done.stdout.split() == [str(min(3, 19 - os.nice(0))), "idle"]
 
 
 def test_the_program_needs_no_django(config: Config, alone: list[str]) -> None:
