@@ -71,9 +71,12 @@ def stored() -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True)
-def _own_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run within this process must not make all later tests the last to get a turn."""
+def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The program within this process: it must not change how later tests are scheduled and ended."""
     monkeypatch.setattr(mirror, "step_back", lambda config: None)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
