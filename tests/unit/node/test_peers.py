@@ -95,13 +95,14 @@ class Site(BaseHTTPRequestHandler):
 
 
 class Node:
-    """One node: its files, its nginx, its receiver."""
+    """One node: its files, its nginx, its receiver. With a spool the receiver's files lie apart from a volume's."""
 
-    def __init__(self, name: str, work: Path, ports: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, name: str, work: Path, ports: dict[str, tuple[int, int]], spool: bool = False) -> None:
         self.name, self.work, self.ports = name, work, ports
         self.web, self.peer = ports[name]
         self.root, self.tls = work / "media", work / "tls"
-        for folder in (self.root, self.tls, work / "state", work / "nginx", work / "temporary"):
+        self.stored = work / "spool" if spool else self.root
+        for folder in (*{self.root, self.stored}, self.tls, work / "state", work / "nginx", work / "temporary"):
             folder.mkdir(parents=True)
         work.chmod(0o755)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -119,16 +120,18 @@ class Node:
         return str(rendered).replace("/etc/nginx/tribrick/", f"{self.work}/nginx/")
 
     def configure(self) -> None:
-        others = [name for name in NAMES if name != self.name]
+        spool = self.stored != self.root
+        # Of a spool this node's own receiver is the first that is asked.
+        asked = ([self.name] if spool else []) + [name for name in NAMES if name != self.name]
         web = {
             "media_web_media_root": str(self.root),
-            "media_web_sentinel": "",
+            "media_web_sentinel": ".tribrick-volume" if spool else "",
             "media_web_http_port": self.web,
             "media_web_https_port": free_port(),
             "media_web_ipv6": False,
             "media_web_socket": str(self.work / "site.sock"),
             "media_web_static_root": str(self.work / "static"),
-            "media_web_peers": [{"name": name, "address": f"127.0.0.1:{self.ports[name][1]}"} for name in others],
+            "media_web_peers": [{"name": name, "address": f"127.0.0.1:{self.ports[name][1]}"} for name in asked],
             "media_web_peers_ca": str(self.tls / "ca.crt"),
             "media_web_peers_certificate": str(self.tls / "node.crt"),
             "media_web_peers_key": str(self.tls / "node.key"),
@@ -141,7 +144,7 @@ class Node:
             "media_receiver_address": "127.0.0.1",
             "media_receiver_port": self.peer,
             "media_receiver_server": "tribrick",
-            "media_receiver_root": str(self.root),
+            "media_receiver_root": str(self.stored),
             "media_receiver_readers": [*(f"{name}.site" for name in NAMES), *NAMES],
             "media_receiver_writers": [f"{name}.site" for name in NAMES],
             "__media_receiver_tls": str(self.tls),
@@ -165,7 +168,7 @@ class Node:
         else:
             command = [sys.executable, "-m", "gunicorn", f"--bind=unix:{self.work}/receiver.sock", "--threads=4"]
             command += ["--log-level=warning", "--no-control-socket", "tribrick.receiver:application()"]
-        given = {"ROOT": str(self.root), "STATE": str(self.work / "state"), "ACCEL": "/_stored/"}
+        given = {"ROOT": str(self.stored), "STATE": str(self.work / "state"), "ACCEL": "/_stored/"}
         environment = {f"TRIBRICK_RECEIVER_{key}": value for key, value in given.items()}
         with (self.work / f"{what}.out").open("ab") as out:
             self.processes[what] = subprocess.Popen(
@@ -199,12 +202,23 @@ class Node:
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Node]]:
-    base = tmp_path_factory.mktemp("peers")
+    with running(tmp_path_factory.mktemp("peers")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def spools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Node]]:
+    with running(tmp_path_factory.mktemp("spools"), spool=True) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def running(base: Path, spool: bool = False) -> Iterator[dict[str, Node]]:
     for folder in (base, base.parent):
         folder.chmod(0o755)
     ports = {name: (free_port(), free_port()) for name in NAMES}
     ca = issue(base, "ca", "Tribrick nodes")
-    found = {name: Node(name, base / name, ports) for name in NAMES}
+    found = {name: Node(name, base / name, ports, spool) for name in NAMES}
     sites = []
     try:
         for name, node in found.items():
@@ -323,6 +337,64 @@ def test_only_a_site_of_a_node_stores_and_deletes(nodes):
     assert ask(nodes, "PUT", ".tribrick-incoming/x", PICTURE) == 400
     assert ask(nodes, "DELETE", "photos/new.png") == 204
     assert ask(nodes, "PUT", "photos/new.png", PICTURE) == 410
+
+
+@pytest.fixture
+def mounted(spools: dict[str, Node]) -> dict[str, Node]:
+    """All three see the volume."""
+    for node in spools.values():
+        node.put(".tribrick-volume", b"{}")
+        node.put("photos/old.png", PICTURE)
+    return spools
+
+
+def keep(node: Node, name: str, content: bytes = PICTURE) -> None:
+    """Put a file into a node's spool."""
+    path = node.stored / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("holder", NAMES)
+def test_a_spooled_file_is_read_through_every_node_with_the_volume_and_without_it(mounted, holder):
+    name = f"photos/{holder}.png"
+    keep(mounted[holder], name)
+    for volume in (True, False):
+        for node in mounted.values():
+            if not volume:
+                (node.root / ".tribrick-volume").unlink()
+            answer = node.get(f"/media/{name}")
+            assert (answer.status_code, answer.content) == (200, PICTURE), (node.name, volume)
+            assert answer.headers["Content-Type"] == "image/png"
+            assert "immutable" in answer.headers["Cache-Control"]
+
+
+def test_what_no_spool_has_is_not_found_only_while_the_volume_is_there(mounted):
+    for node in mounted.values():
+        assert node.get("/media/photos/old.png").status_code == 200, "the volume is asked first"
+        assert node.get("/media/photos/none.png").status_code == 404, node.name
+        (node.root / ".tribrick-volume").unlink()
+        missing = node.get("/media/photos/none.png")
+        assert (missing.status_code, bool(missing.headers.get("Retry-After"))) == (503, True), node.name
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_a_deleted_file_is_not_served_from_a_spool_where_it_is_left(mounted):
+    keep(mounted["node2"], "photos/dead.png")
+    assert mounted["node2"].get("/media/photos/dead.png").status_code == 200
+    assert ask(mounted, "DELETE", "photos/dead.png") == 204
+    keep(mounted["node2"], "photos/dead.png")
+    for node in mounted.values():
+        assert node.get("/media/photos/dead.png").status_code == 404, node.name
+
+
+def test_private_files_of_a_spool_come_by_the_site_alone(mounted):
+    keep(mounted["node3"], "private/spooled.png")
+    for node in mounted.values():
+        assert node.get("/media/private/spooled.png").status_code == 404
+        assert node.get("/_protected/private/spooled.png").status_code == 404
+        answer = node.get("/private/spooled.png")
+        assert (answer.status_code, answer.content) == (200, PICTURE), node.name
 
 
 @pytest.mark.parametrize("server", ["none", "tribrick", "nginx", "lighttpd"])

@@ -14,10 +14,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 BACKENDS = ("volume", "hybrid", "async", "distributed")
+SPOOL = "volume with a spool"
 WANTED = """\
-{{ {'environment': __environment, 'peers': media_web_peers, 'sentinel': media_web_sentinel,
+{{ {'environment': django_site_environment, 'peers': media_web_peers, 'sentinel': media_web_sentinel,
     'mount': django_site_media_mount_unit, 'umask': django_site_umask, 'server': media_receiver_server,
-    'brick': media_receiver_brick, 'writers': media_receiver_writers, 'client': media_receiver_client} | to_json }}"""
+    'brick': media_receiver_brick, 'writers': media_receiver_writers, 'client': media_receiver_client,
+    'root': media_receiver_root, 'limit': media_receiver_limit_mib,
+    'services': django_site_services | map(attribute='name') | list} | to_json }}"""
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +36,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         {
             "name": backend,
             "ansible.builtin.copy": {"dest": str(work / backend), "content": WANTED, "mode": "0600"},
-            "vars": {**variables, **secrets, "media_backend": backend},
+            "vars": {**variables, **secrets, "media_backend": backend.split()[0], "media_spool": backend == SPOOL},
         }
-        for backend in BACKENDS
+        for backend in (*BACKENDS, SPOOL)
     ]
     play = {"hosts": "node1", "connection": "local", "gather_facts": False, "tasks": tasks}
     (work / "play.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
@@ -46,7 +49,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return {backend: json.loads((work / backend).read_text(encoding="utf-8")) for backend in BACKENDS}
+    return {backend: json.loads((work / backend).read_text(encoding="utf-8")) for backend in (*BACKENDS, SPOOL)}
+
+
+def test_a_spool_has_receivers_a_service_and_readers(found):
+    volume, spool = found["volume"], found[SPOOL]
+    more = {name: value for name, value in spool["environment"].items() if name not in volume["environment"]}
+    assert {key: str(value) for key, value in more.items()} == {
+        "TRIBRICK_SPOOL": "/srv/media-spool", "TRIBRICK_SPOOL_PEERS": "node2:7443,node3:7443",
+        "TRIBRICK_SPOOL_COPIES": "2", "TRIBRICK_SPOOL_LIMIT": str(4096 << 20),
+    }  # fmt: skip
+    assert {**volume["environment"], **more} == spool["environment"]
+    assert (spool["server"], spool["root"], spool["limit"]) == ("tribrick", "/srv/media-spool", 4096)
+    assert [peer["name"] for peer in spool["peers"]] == ["node1", "node2", "node3"], "its own spool first"
+    assert spool["sentinel"] == volume["sentinel"] and spool["brick"] == volume["brick"]
+    assert set(spool["services"]) - set(volume["services"]) == {"tribrick-drain"}
 
 
 def test_with_a_volume_every_nodes_brick_is_a_copy_and_nobody_stores_files(found):
