@@ -129,7 +129,7 @@ class Work:
             away += [f"{one.brick}: down" for one in self.cli.status(volume) if one.brick != old and not one.online]
             if away:
                 raise Refused(f"every other node and brick must be there first: {'; '.join(away)}")
-            # Before its self-heal daemon and the others' meet: a client that was turned away does not ask again.
+            # Before its self-heal daemon and the others' meet, so that none of them is turned away.
             who = {"auth.ssl-allow": self.node, "auth.allow": self.module.params["address"]}
             words = [word for pair in let_in(volume.options, who).items() for word in pair]
             if words:

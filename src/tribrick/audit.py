@@ -128,8 +128,8 @@ class LedgerSource:
         found = [known for name in wanted if _printable(name) and (known := self.ledger.get(name))]
         return {known.name: known for known in found if known.storage not in self.elsewhere}
 
-    def waits(self, name: str) -> bool:  # noqa: ARG002
-        """Not known here."""
+    def waits(self, name: str) -> bool:  # noqa: ARG002  asked as the catalog is
+        """Say no: a ledger does not know what is in the spools."""
         return False
 
     def sample(self, count: int) -> list[Known]:

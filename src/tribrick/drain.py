@@ -122,7 +122,7 @@ class _Draining(Saving):
         super().__init__(mount, relative)
         self.path = temporary_beside(relative)
 
-    def finish(self, call: Call[Any]) -> None:  # noqa: ARG002
+    def finish(self, call: Call[Any]) -> None:  # noqa: ARG002  called as Saving.finish is
         """Make the bytes durable; the file stays open for the fsync under its name."""
         os.fsync(self.descriptor)
 
@@ -212,7 +212,7 @@ class Drain:
         """Tell a volume that is away, or refuses everything, from one that cannot take or give one file."""
         self._refusals[alias] = self._refusals.get(alias, 0) + 1
         try:
-            storages[alias].verify()  # type: ignore[attr-defined]
+            storages[alias].verify()  # type: ignore[attr-defined]  # only a VolumeStorage has spooled files
         except StorageUnavailable:
             self._refusals[alias] = _REFUSALS
         if self._refusals[alias] >= _REFUSALS:

@@ -57,7 +57,7 @@ from typing import Any, Final
 try:
     from tribrick import hasher
     from tribrick.ledger import Entry, Known, Ledger, LedgerError
-except ImportError:  # on a node the files lie beside this one
+except ImportError:  # on a node the same files lie beside this one, where the type checker does not see them
     import hasher  # type: ignore[no-redef, import-not-found]
     from ledger import Entry, Known, Ledger, LedgerError  # type: ignore[no-redef, import-not-found]
 
@@ -815,7 +815,7 @@ class Mirror:
                 raise Away(
                     f"no snapshot: the ledger is at {last}, the database at {number}; is tribrick-ledger running?"
                 )
-            time.sleep(0.2)  # poll
+            time.sleep(0.2)  # ask again, until the deadline above
         if number < self.state.number:
             raise Away(
                 f"no snapshot: the database is at {number}, the ledger was at {self.state.number} before: the database "

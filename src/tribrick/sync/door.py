@@ -129,7 +129,7 @@ def send(path: str, asked: str) -> None:
     os.chdir(root / HISTORY / "objects")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RSYNC_")}
     try:
-        os.execvpe("rsync", ["rsync", "--server", "--sender", *options, ".", "./"], environment)  # noqa: S606
+        os.execvpe("rsync", ["rsync", "--server", "--sender", *options, ".", "./"], environment)  # noqa: S606  no shell is meant
     except FileNotFoundError as error:
         raise SyncError("rsync is not installed") from error
 

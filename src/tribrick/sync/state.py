@@ -192,7 +192,7 @@ class State:
                 except BlockingIOError as error:
                     if time.monotonic() >= end:
                         raise Busy(f"somebody else is at work on {self.path}; waited {wait:.0f} s") from error
-                    time.sleep(0.05)
+                    time.sleep(0.05)  # flock has no deadline of its own; ask again until `end`
             yield
         finally:
             os.close(descriptor)
