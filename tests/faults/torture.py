@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lab = Lab(options.name)
     try:
         choices(options.scenario)
-        if not containers(lab):
+        if not lab.recall().get("subnet") or not containers(lab):
             raise KitError(f"There is no lab '{lab.name}'; make it: ./scripts/lab up --disks xfs")
         with lab.alone():
             wait_for(console, "the lab to be clean", lambda: observer.clean(lab), deadline=CLEAN_WAIT, interval=1)
