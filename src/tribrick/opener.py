@@ -133,9 +133,10 @@ def ask(path: str | os.PathLike[str], name: str, seconds: float) -> int | None:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens") from error
         line.sendall(os.fsencode(name))
         line.shutdown(socket.SHUT_WR)
-        said, descriptors, _flags, _address = socket.recv_fds(line, _LONGEST, 1, socket.MSG_CMSG_CLOEXEC)
+        said, descriptors, _flags, _address = socket.recv_fds(line, _LONGEST, 1)
         for descriptor in descriptors:
             stack.callback(os.close, descriptor)
+            os.set_inheritable(descriptor, False)  # recv_fds does not pass on a flag for that
         try:
             answer = json.loads(said)
         except ValueError as error:
