@@ -84,6 +84,10 @@ STALL: Final = 2.0
 """Seconds after which a disk that does not answer is left alone."""
 KEPT: Final = 8 * 1024 * 1024
 """Bytes of hashes of pieces that are kept: enough for 64 GiB of files."""
+LARGEST: Final = KEPT // 2 // 32 * PIECE
+"""Bytes of a file of which the hashes of the pieces take half of that: 32 GiB."""
+SELDOM: Final = 60.0
+"""Seconds for which the same sentence is not logged again."""
 DOUBT: Final = 5.0
 """Seconds for which a copy that was found wrong is not read again, if nothing about it changes."""
 RELOOK: Final = 1.0
@@ -281,6 +285,8 @@ class Verifier:
             if hashlib.sha256(copy.read(0, PIECE)).hexdigest() != known.sha256:
                 raise Wrong("it has other bytes")
             return bytes.fromhex(known.sha256)
+        if known.size > LARGEST:
+            raise Wrong("it is larger than what is served")
         found = self.memory.get(copy.key, known.sha256)
         if isinstance(found, Wrong):
             raise Wrong(*found.args)
@@ -745,6 +751,24 @@ class _Run(ServerHandler):
         log.warning("a request failed: %s", exc_info[1])
 
 
+class Seldom(logging.Filter):
+    """Keeps a sentence from being logged again and again: every visitor may lead to the same one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is new."""
+        now, text = time.monotonic(), record.getMessage()
+        if self._said.get(text, float("-inf")) > now - SELDOM:
+            return False
+        if len(self._said) >= 1000:
+            self._said.clear()
+        self._said[text] = now
+        return True
+
+
 # Configuration
 
 
@@ -805,7 +829,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--socket", help="path of the Unix socket; not needed when systemd passes one")
     parser.add_argument("--group", help="group whose members may connect")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.addFilter(Seldom())
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     try:
         made, limit = application(), _number(os.environ, "REQUESTS", 16)
         listening = passed_socket()

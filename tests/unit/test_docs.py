@@ -38,6 +38,7 @@ EXPECTED = {
     "docs/runbooks/README.md",
     "docs/security.md",
     "docs/spool.md",
+    "docs/standby.md",
     "docs/storages.md",
     "docs/testing.md",
     "docs/tutorial-moving.md",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import random
 import re
 import shutil
 import socket
@@ -165,6 +166,17 @@ def test_ranges(pair: tuple[Standby, Asked], method: str) -> None:
         for given in RANGES:
             both(pair, name, method, {"Range": given})
         both(pair, name, method, {})
+
+
+def test_ranges_at_random(pair: tuple[Standby, Asked]) -> None:
+    rng = random.Random(f"{os.environ.get('TRIBRICK_SEED', '0')} ranges")
+    numbers = ["", "0", "1", "7", "4999", "5000", "5001", "2500", "00", "x", " 3", "4 "]
+    for _ in range(200):
+        stretches = [
+            rng.choice(numbers) + rng.choice(["-", "-", "-", " - ", ""]) + rng.choice(numbers)
+            for _ in range(rng.choice([1, 1, 1, 2, 3]))
+        ]
+        both(pair, SMALL_NAME, "GET", {"Range": f"bytes={rng.choice([',', ', ']).join(stretches)}"})
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,17 @@ from .conftest import LARGE, NAME, SMALL, Node
 
 SOURCES = Path(__file__).resolve().parents[4] / "src"
 MIB = 1024 * 1024
+# As systemd starts the opener: nobody in particular, with one capability.
+ONE = "-all,+dac_read_search"
+READ_ALL = [
+    "setpriv",
+    "--reuid=nobody",
+    "--regid=nogroup",
+    "--clear-groups",
+    f"--inh-caps={ONE}",
+    f"--ambient-caps={ONE}",
+]
+READ_ALL += [f"--bounding-set={ONE}", "--no-new-privs", "--"]
 
 
 def request(path: Path, name: str, *lines: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
@@ -63,7 +74,12 @@ def start() -> Iterator[Start]:
     running: list[subprocess.Popen[bytes]] = []
 
     def begin(
-        what: str, path: Path, *arguments: str, user: str | None = None, **environment: str
+        what: str,
+        path: Path,
+        *arguments: str,
+        user: str | None = None,
+        before: Sequence[str] = (),
+        **environment: str,
     ) -> subprocess.Popen[bytes]:
         # Python itself may lie where the other user cannot reach it: import first, then become that user.
         drop = (
@@ -73,7 +89,7 @@ def start() -> Iterator[Start]:
         )
         code = f"import os, sys, tribrick.{what} as program; {drop} sys.exit(program.main(sys.argv[1:]))"
         process = subprocess.Popen(
-            [sys.executable, "-c", code, "--socket", str(path), *arguments],
+            [*before, sys.executable, "-c", code, "--socket", str(path), *arguments],
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(SOURCES), **environment},
             cwd="/",
             stderr=subprocess.PIPE,
@@ -318,18 +334,24 @@ def test_a_user_without_rights_serves_a_brick_that_only_root_can_read(shared: Pa
     node.brick.chmod(0o700)
     (shared / "run").mkdir()
     shutil.chown(shared / "run", "nobody")
+    node.socket = shared / "run/brick.sock"
     group = grp.getgrgid(pwd.getpwnam("nobody").pw_gid).gr_name
     given = settings_of(node, "spool", "mirror", "brick")
     start("standby", shared / "run/s", user="nobody", **given)
     status, _headers, body = request(shared / "run/s", f"/{NAME}")
     assert status == 503 and b"the brick cannot be read" in body, "nobody opens it yet"
-    process = start("opener", node.socket, "--root", str(node.brick), "--proof", ".glusterfs", "--group", group)
+    process = start(
+        "opener", node.socket, "--root", str(node.brick), "--proof", ".glusterfs", "--group", group, before=READ_ALL
+    )
+    effective = re.search(r"CapEff:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    assert effective is not None and int(effective[1], 16) == 1 << 2, "CAP_DAC_READ_SEARCH and nothing else"
     assert oct(node.socket.stat().st_mode & 0o777) == oct(0o660)
     assert request(shared / "run/s", f"/{NAME}")[::2] == (200, LARGE)
     process.kill()
     process.wait(10)
     assert request(shared / "run/s", f"/{NAME}")[0] == 503
-    start("opener", node.socket, "--root", str(node.brick), "--group", group)
+    node.socket.unlink()
+    start("opener", node.socket, "--root", str(node.brick), "--group", group, before=READ_ALL)
     assert request(shared / "run/s", f"/{NAME}")[::2] == (200, LARGE), "a new opener, the same standby"
 
 

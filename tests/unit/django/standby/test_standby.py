@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import random
 import sqlite3
@@ -193,6 +194,32 @@ def test_the_memory_has_a_limit() -> None:
     for number in range(100):
         memory.forget((number, 0, 0, 0, 0), "x")
     assert memory._used == 0
+
+
+def test_a_file_whose_hashes_would_fill_the_memory_is_not_served(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.note("added", NAME, LARGE)
+    node.put(node.brick, NAME, LARGE)
+    made = node.standby()
+    monkeypatch.setattr(module, "LARGEST", len(LARGE) - 1)
+    answer = ask(made, NAME)
+    assert (answer.status, "larger than what is served" in answer.text) == (503, True)
+    monkeypatch.setattr(module, "LARGEST", len(LARGE))
+    assert ask(made, NAME).status == 200
+    assert 2 * module.KEPT >= 2 * (32 * -(-module.LARGEST // PIECE)) > 0
+
+
+def test_the_same_sentence_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    seldom, now = module.Seldom(), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def said(text: str) -> bool:
+        return seldom.filter(logging.LogRecord("x", logging.WARNING, "", 0, "%s", (text,), None))
+
+    assert [said("a"), said("a"), said("b")] == [True, False, True]
+    now[0] += 61
+    assert [said("a"), said("a")] == [True, False]
+    assert [said(str(number)) for number in range(3000)] == [True] * 3000
+    assert len(seldom._said) <= 1000
 
 
 # What is deleted, private, unknown
