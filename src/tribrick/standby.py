@@ -18,7 +18,7 @@ It is configured by environment variables:
 ``TRIBRICK_STANDBY_UNCATALOGUED``  top directories whose files the catalog does not have, so that nobody
                                    can verify them; ``derived`` by default
 ``TRIBRICK_STANDBY_FRESH``         age of the ledger in seconds up to which it is believed that a name
-                                   was never stored; 30 by default
+                                   was never stored; 10 by default
 ``TRIBRICK_STANDBY_MAX_AGE``       age of the ledger in seconds up to which files are served; 3600
 ``TRIBRICK_STANDBY_DEADLINE``      seconds within which the first byte goes out, or 503; 4
 ``TRIBRICK_STANDBY_REQUESTS``      requests at a time; 16
@@ -471,7 +471,7 @@ class Rules:
 
     private: frozenset[str] = frozenset({"private"})
     uncatalogued: frozenset[str] = frozenset({"derived"})
-    fresh: float = 30.0
+    fresh: float = 10.0
     max_age: float = 3600.0
     deadline: float = 4.0
 

@@ -304,10 +304,10 @@ def test_a_private_name_with_the_signed_header(node: Node) -> None:
 def test_a_name_that_the_ledger_does_not_know(node: Node) -> None:
     made = node.standby()
     assert ask(made, NAME).status == 404
-    node.age(31)
+    node.age(11)
     answer = ask(made, NAME)
     assert answer.status == 503
-    assert "does not know the name, but it is 31 s old" in answer.text
+    assert "does not know the name, but it is 11 s old" in answer.text
     node.age(0)
     node.put(node.spool, NAME, SMALL)
     answer = ask(made, NAME)
