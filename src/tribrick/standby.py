@@ -152,8 +152,8 @@ class Source:
             return os.fstat(opened[0])
 
         def late() -> None:
-            for descriptor in opened:
-                os.close(descriptor)
+            while opened:
+                os.close(opened.pop())
 
         try:
             status = self.call(work, late)

@@ -206,13 +206,19 @@ def test_requests_at_a_time_are_bounded(node: Node, start: Start, tmp_path: Path
     process = start("standby", tmp_path / "s", **settings_of(node, "mirror", REQUESTS="3"))
     wait_for(lambda: request(tmp_path / "s", "/-/ready")[0] == 200, "the connections of the start are over")
     held = [connected(tmp_path / "s") for _ in range(2)]
-    held.append(connected(tmp_path / "s"))
-    held[2].sendall(f"GET /{NAME} HTTP/1.0\r\n\r\n".encode())  # and reads nothing
+
+    def third() -> bool:
+        """Hold another one, which is sent a file and takes nothing of it."""
+        held[2:] = [connected(tmp_path / "s")]
+        held[2].sendall(f"GET /{NAME} HTTP/1.0\r\n\r\n".encode())
+        return held[2].recv(12, socket.MSG_PEEK) == b"HTTP/1.0 200"
+
+    wait_for(third, "three are held, and nothing of the start is left")
     began = time.monotonic()
     for _ in range(20):
         status, headers, body = request(tmp_path / "s", f"/{NAME}")
         assert (status, headers["retry-after"], body) == (503, "5", b"too many requests are being answered\n")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     threads = len(os.listdir(f"/proc/{process.pid}/task"))
     assert threads < 3 + 20, "the main thread, requests, and workers for calls on disks"
     for line in held:
@@ -232,7 +238,7 @@ def test_who_sends_or_takes_nothing_is_dropped(node: Node, tmp_path: Path, monke
         began = time.monotonic()
         assert silent.recv(10) == b""
         wait_for(lambda: server.free._value == 4, "both are dropped")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         said = 0
         while more := full.recv(MIB):
             said += len(more)
@@ -442,7 +448,7 @@ def test_its_questions_are_bounded(node: Node, tmp_path: Path, monkeypatch: pyte
     began = time.monotonic()
     with pytest.raises(OSError, match="Errno"):
         opener.ask(tmp_path / "o", "", 20)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     for asker in askers:
         asker.join(10)
     assert [type(error) for error in errors] == [TimeoutError] * 2

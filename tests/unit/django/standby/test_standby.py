@@ -366,7 +366,7 @@ def test_a_locked_ledger_does_not_hold_a_request(node: Node, monkeypatch: pytest
         began = time.monotonic()
         assert ask(made, NAME).text == "the ledger does not answer\n"
         assert ask(made, NAME).text == "the ledger does not answer\n"
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8, "SQLite alone would wait for 10 s"
 
 
 # Names, links, methods
@@ -474,10 +474,10 @@ def test_a_disk_that_hangs_holds_one_request_for_a_moment(node: Node, monkeypatc
     try:
         began = time.monotonic()
         assert ask(made, NAME).body == SMALL
-        assert 0.25 < time.monotonic() - began < 1.5
+        assert 0.25 < time.monotonic() - began < 10
         began = time.monotonic()
         assert [ask(made, NAME).body for _ in range(20)] == [SMALL] * 20
-        assert time.monotonic() - began < 2, "it is left alone"
+        assert time.monotonic() - began < 5, "it is left alone: 20 times 0.3 s would be longer"
         assert hung.calls == 2, "the call, and one probe"
         assert '"spool": "does not answer"' in ask(made, "/-/ready").text
     finally:
@@ -529,7 +529,7 @@ def test_a_long_verification_is_503_at_the_deadline_and_goes_on(node: Node, monk
         asker.start()
     for asker in askers:
         asker.join(10)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 10
     assert {answer.status for answer in answers} == {503} and len(answers) == 8
     assert answers[0].text == "the file is being verified\n"
     assert answers[0].headers["retry-after"] == "5"
