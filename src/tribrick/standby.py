@@ -21,6 +21,7 @@ It is configured by environment variables:
                                    was never stored; 10 by default
 ``TRIBRICK_STANDBY_MAX_AGE``       age of the ledger in seconds up to which files are served; 3600
 ``TRIBRICK_STANDBY_DEADLINE``      seconds within which the first byte goes out, or 503; 4
+``TRIBRICK_STANDBY_STALL``         seconds after which a disk that does not answer is left alone; 2
 ``TRIBRICK_STANDBY_REQUESTS``      requests at a time; 16
 ================================== ==================================================================
 
@@ -80,8 +81,6 @@ STEP: Final = 4 * PIECE
 VERIFYING: Final = 2
 """Whole readings at a time: they compete with what is being sent."""
 WAITING: Final = 32
-STALL: Final = 2.0
-"""Seconds after which a disk that does not answer is left alone."""
 KEPT: Final = 8 * 1024 * 1024
 """Bytes of hashes of pieces that are kept: enough for 64 GiB of files."""
 LARGEST: Final = KEPT // 2 // 32 * PIECE
@@ -125,19 +124,19 @@ def _key(status: os.stat_result) -> Key:
 
 
 class Source:
-    """A place on this node with copies. A call on it that hangs is waited for *STALL* seconds.
+    """A place on this node with copies. A call on it that hangs is waited for *stall* seconds.
 
     *open_file* returns a descriptor of a name, *check* raises ``OSError`` when the place is not there.
     """
 
-    def __init__(self, name: str, open_file: Callable[[str], int], check: Callable[[], object]) -> None:
-        self.name = name
+    def __init__(self, name: str, open_file: Callable[[str], int], check: Callable[[], object], stall: float) -> None:
+        self.name, self.stall = name, stall
         self._open, self._check = open_file, check
         self._guard = Guard(f"the {name}", check, _OUTSTANDING)
 
     def call(self, work: Callable[[], T], late: Callable[[], object] | None = None) -> T:
         """Return what *work* returns, or raise ``StorageUnavailable`` when it takes too long."""
-        return self._guard.call(lambda _call: work(), STALL, late=late)
+        return self._guard.call(lambda _call: work(), self.stall, late=late)
 
     def check(self) -> None:
         """Raise ``OSError`` when the place is not there, ``StorageUnavailable`` when it does not answer."""
@@ -202,21 +201,21 @@ def _pread(descriptor: int, at: int, length: int) -> bytes:
     return read
 
 
-def directory(name: str, root: Path) -> Source:
+def directory(name: str, root: Path, stall: float) -> Source:
     """Return the source that is a directory."""
     tree = Tree(root)
-    return Source(name, tree.open, tree.check)
+    return Source(name, tree.open, tree.check, stall)
 
 
-def brick(path: Path) -> Source:
+def brick(path: Path, stall: float) -> Source:
     """Return the source that is a brick, by the socket of its opener."""
 
     def open_file(name: str) -> int:
-        descriptor = opener.ask(path, name, 2 * STALL)  # longer than it is waited for, so that the guard sees it
+        descriptor = opener.ask(path, name, 2 * stall)  # longer than it is waited for, so that the guard sees it
         assert descriptor is not None  # noqa: S101  the name is not empty
         return descriptor
 
-    return Source("brick", open_file, lambda: opener.ask(path, "", 2 * STALL))
+    return Source("brick", open_file, lambda: opener.ask(path, "", 2 * stall), stall)
 
 
 # Verifying
@@ -474,6 +473,7 @@ class Rules:
     fresh: float = 10.0
     max_age: float = 3600.0
     deadline: float = 4.0
+    stall: float = 2.0
 
 
 class Standby:
@@ -562,7 +562,7 @@ class Standby:
                 return ledger.get(name), age, ledger.last()[0]
 
         try:
-            return self._ledger_guard.call(lambda _call: work(), STALL)
+            return self._ledger_guard.call(lambda _call: work(), self.rules.stall)
         except StorageUnavailable as error:
             raise _unavailable("the ledger does not answer") from error
         except (LedgerError, sqlite3.Error, OSError) as error:
@@ -800,9 +800,7 @@ def application(environ: Mapping[str, str] | None = None) -> Standby:
     ledger, keys, spool, mirror, socket_of_brick = map(path, ("LEDGER", "KEYS", "SPOOL", "MIRROR", "BRICK"))
     if ledger is None:
         raise StandbyError("TRIBRICK_STANDBY_LEDGER must be given")
-    sources = [directory(name, root) for name, root in (("spool", spool), ("mirror", mirror)) if root is not None]
-    sources += [brick(socket_of_brick)] if socket_of_brick else []
-    if not sources:
+    if not (spool or mirror or socket_of_brick):
         raise StandbyError("one of TRIBRICK_STANDBY_SPOOL, _MIRROR and _BRICK must be given")
     try:
         secrets_of_site = None if keys is None else _keys(keys, "TRIBRICK_STANDBY_KEYS")
@@ -814,7 +812,11 @@ def application(environ: Mapping[str, str] | None = None) -> Standby:
         fresh=_number(given, "FRESH", Rules.fresh),
         max_age=_number(given, "MAX_AGE", Rules.max_age),
         deadline=_number(given, "DEADLINE", Rules.deadline),
+        stall=_number(given, "STALL", Rules.stall),
     )
+    places = (("spool", spool), ("mirror", mirror))
+    sources = [directory(name, root, rules.stall) for name, root in places if root is not None]
+    sources += [brick(socket_of_brick, rules.stall)] if socket_of_brick else []
     return Standby(ledger, sources, keys=secrets_of_site, rules=rules)
 
 

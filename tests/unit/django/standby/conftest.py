@@ -77,14 +77,14 @@ class Node:
         return server
 
     def standby(self, sources: Sequence[str] = ("spool", "mirror", "brick"), **options: Any) -> Standby:
-        """A standby with these sources; *options* that are rules go there."""
+        """A standby with these sources; *options* that are rules go there. It has time, on a busy machine too."""
+        keys, rules = options.pop("keys", None), Rules(**{"deadline": 60.0, "stall": 30.0, **options})
         places = {
-            "spool": directory("spool", self.spool),
-            "mirror": directory("mirror", self.mirror),
-            "brick": brick(self.socket),
+            "spool": directory("spool", self.spool, rules.stall),
+            "mirror": directory("mirror", self.mirror, rules.stall),
+            "brick": brick(self.socket, rules.stall),
         }
-        keys = options.pop("keys", None)
-        return Standby(self.ledger, [places[name] for name in sources], keys=keys, rules=Rules(**options))
+        return Standby(self.ledger, [places[name] for name in sources], keys=keys, rules=rules)
 
     def note(self, kind: str, name: str, data: bytes = b"", *, sha256: str | None = None, size: int = -1) -> None:
         """Write a change to the ledger, as the follower does."""

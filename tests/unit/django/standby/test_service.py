@@ -114,7 +114,8 @@ def start() -> Iterator[Start]:
 
 def settings_of(node: Node, *sources: str, **more: str) -> dict[str, str]:
     places = {"spool": node.spool, "mirror": node.mirror, "brick": node.socket}
-    given = {"LEDGER": str(node.ledger), **{name.upper(): str(places[name]) for name in sources}, **more}
+    patient = {"DEADLINE": "120", "STALL": "30"}  # the machine may be busy
+    given = {"LEDGER": str(node.ledger), **{name.upper(): str(places[name]) for name in sources}, **patient, **more}
     return {f"TRIBRICK_STANDBY_{key}": value for key, value in given.items()}
 
 
@@ -180,7 +181,7 @@ def test_memory_does_not_grow_with_the_file(node: Node, start: Start, tmp_path: 
         node.note("added", f"photos/{number}", sha256=hasher.hexdigest(), size=size)
         path = node.put(node.mirror, f"photos/{number}", b"")
         os.truncate(path, size)
-    process = start("standby", tmp_path / "s", **settings_of(node, "mirror", DEADLINE="120"))
+    process = start("standby", tmp_path / "s", **settings_of(node, "mirror"))
     counted = [0, 0, 0, 0]
 
     def read(number: int) -> None:
@@ -226,8 +227,11 @@ def test_requests_at_a_time_are_bounded(node: Node, start: Start, tmp_path: Path
     wait_for(lambda: request(tmp_path / "s", f"/{NAME}")[0] == 200, "there is room again")
 
 
-def test_who_sends_or_takes_nothing_is_dropped(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._Handler, "timeout", 0.3)
+def test_who_sends_or_takes_nothing_is_dropped(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert module._Handler.timeout == 30
+    monkeypatch.setattr(module._Handler, "timeout", 1.5)
     data = LARGE * 3
     node.note("added", NAME, data)
     node.put(node.mirror, NAME, data)
@@ -243,6 +247,7 @@ def test_who_sends_or_takes_nothing_is_dropped(node: Node, tmp_path: Path, monke
         while more := full.recv(MIB):
             said += len(more)
         assert 0 < said < len(data)
+    assert "a request failed: timed out" in caplog.messages, "one line, no traceback"
     server.shutdown()
     server.server_close()
 
@@ -396,6 +401,13 @@ def test_what_is_not_there(node: Node, name: str) -> None:
     (node.work / "secret").write_bytes(b"secret")
     with pytest.raises(FileNotFoundError):
         opener.ask(node.socket, name, 5)
+
+
+def test_a_name_that_is_too_long_is_not_cut(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opener, "_LONGEST", len(NAME) - 3)
+    node.put(node.brick, NAME, SMALL)
+    with pytest.raises(FileNotFoundError):
+        opener.ask(node.socket, NAME, 5)
 
 
 def test_what_cannot_be_read(node: Node) -> None:

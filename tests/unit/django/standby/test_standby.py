@@ -356,10 +356,9 @@ def test_an_absent_and_a_damaged_ledger(node: Node, caplog: pytest.LogCaptureFix
     assert ask(made, NAME).body == SMALL
 
 
-def test_a_locked_ledger_does_not_hold_a_request(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_ledger_does_not_hold_a_request(node: Node) -> None:
     node.note("added", NAME, SMALL)
-    monkeypatch.setattr(module, "STALL", 0.3)
-    made = node.standby()
+    made = node.standby(stall=0.3)
     writer = sqlite3.connect(node.ledger, isolation_level=None)
     with contextlib.closing(writer):
         writer.execute("BEGIN EXCLUSIVE")
@@ -464,31 +463,29 @@ class Hung:
 
 
 def test_a_disk_that_hangs_holds_one_request_for_a_moment(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STALL", 0.3)
     node.note("added", NAME, SMALL)
     node.put(node.brick, NAME, SMALL)
     made, hung = node.standby(), Hung()
     spool = made.sources[0]
+    spool.stall = 0.3
     monkeypatch.setattr(spool, "_open", hung)
     monkeypatch.setattr(spool._guard, "_probe", hung)
     try:
         began = time.monotonic()
         assert ask(made, NAME).body == SMALL
         assert 0.25 < time.monotonic() - began < 10
-        began = time.monotonic()
         assert [ask(made, NAME).body for _ in range(20)] == [SMALL] * 20
-        assert time.monotonic() - began < 5, "it is left alone: 20 times 0.3 s would be longer"
-        assert hung.calls == 2, "the call, and one probe"
+        assert hung.calls == 2, "it is left alone: one call, and one probe"
         assert '"spool": "does not answer"' in ask(made, "/-/ready").text
     finally:
         hung.released.set()
 
 
 def test_a_file_opened_too_late_is_closed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STALL", 0.2)
     node.note("added", NAME, SMALL)
     path = node.put(node.spool, NAME, SMALL)
     made, gate, late = node.standby(["spool"]), threading.Event(), []
+    made.sources[0].stall = 0.2
 
     def slow(_name: str) -> int:
         gate.wait(30)
@@ -567,7 +564,7 @@ def test_many_at_once(node: Node) -> None:
     for name, data in names.items():
         node.note("added", name, data)
         node.put(node.mirror, name, data)
-    made, stop, wrong, right = node.standby(deadline=10.0), threading.Event(), [], []
+    made, stop, wrong, right = node.standby(), threading.Event(), [], []
 
     def read(seed: int) -> None:
         dice = random.Random(seed)
@@ -639,7 +636,7 @@ def test_the_environment(node: Node, tmp_path: Path) -> None:
     given = {
         "LEDGER": str(node.ledger), "SPOOL": str(node.spool), "MIRROR": str(node.mirror), "BRICK": str(node.socket),
         "KEYS": str(keys), "PRIVATE": "private albums", "UNCATALOGUED": "",
-        "FRESH": "5", "MAX_AGE": "60", "DEADLINE": "0.5",
+        "FRESH": "5", "MAX_AGE": "60", "DEADLINE": "0.5", "STALL": "3",
     }  # fmt: skip
 
     def made(**changed: str | None) -> Any:
@@ -649,7 +646,7 @@ def test_the_environment(node: Node, tmp_path: Path) -> None:
     full = made()
     assert [source.name for source in full.sources] == ["spool", "mirror", "brick"]
     assert full.keys == {"web": "x"}
-    assert full.rules == module.Rules(frozenset({"private", "albums"}), frozenset(), 5.0, 60.0, 0.5)
+    assert full.rules == module.Rules(frozenset({"private", "albums"}), frozenset(), 5.0, 60.0, 0.5, 3.0)
     least = application({"TRIBRICK_STANDBY_LEDGER": "/l", "TRIBRICK_STANDBY_MIRROR": "/m"})
     assert least.rules == module.Rules() and least.keys is None
     assert [source.name for source in least.sources] == ["mirror"]
