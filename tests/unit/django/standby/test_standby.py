@@ -645,6 +645,7 @@ def test_the_environment(node: Node, tmp_path: Path) -> None:
 
     full = made()
     assert [source.name for source in full.sources] == ["spool", "mirror", "brick"]
+    assert {source.stall for source in full.sources} == {3.0}
     assert full.keys == {"web": "x"}
     assert full.rules == module.Rules(frozenset({"private", "albums"}), frozenset(), 5.0, 60.0, 0.5, 3.0)
     least = application({"TRIBRICK_STANDBY_LEDGER": "/l", "TRIBRICK_STANDBY_MIRROR": "/m"})
