@@ -515,27 +515,9 @@ class Standby:
             return self._ready()
         name = check_name(path)
         private = self._may(environ, name)
-        until = time.monotonic() + self.rules.deadline
-        try:
-            answer = self._serve(environ, name, until, head=head)
-        except Wrong:  # between the two readings; the second time it is known, and the next source is asked
-            try:
-                answer = self._serve(environ, name, until, head=head)
-            except Wrong as error:
-                raise _unavailable(str(error)) from error
+        answer = self._serve(environ, name, head=head)
         if private:  # whatever is in front must not keep it
             answer.headers["Cache-Control"] = "private"
-        return answer
-
-    def _serve(self, environ: Environ, name: str, until: float, *, head: bool) -> Answer:
-        copy, pieces, known = self._find(name, until)
-        try:
-            answer = self._file(environ, copy, pieces, known)
-        except BaseException:
-            copy.close()
-            raise
-        if head or not answer.body:
-            copy.close()
         return answer
 
     def _may(self, environ: Environ, name: str) -> bool:
@@ -591,15 +573,25 @@ class Standby:
 
     # Where the bytes are.
 
-    def _find(self, name: str, until: float) -> tuple[Copy, bytes, Known]:
-        """Return the first copy that is right, open, with the hashes of its pieces."""
-        known, looked, said = self._alive(name), time.monotonic(), []
+    def _serve(self, environ: Environ, name: str, *, head: bool) -> Answer:
+        """Answer from the first copy that is right."""
+        began = time.monotonic()
+        known, until, said = self._alive(name), began + self.rules.deadline, []
         for source in self.sources:
             if time.monotonic() > until:
                 said.append("the others were not asked in time")
                 break
             try:
-                copy, pieces = self._verified(source, known, until)
+                with contextlib.ExitStack() as stack:
+                    copy = source.open(name)
+                    stack.callback(copy.close)
+                    pieces = self.verifier.pieces(copy, known, until)
+                    if time.monotonic() - began > RELOOK:
+                        self._alive(name)  # it may have been deleted meanwhile
+                    answer = self._file(environ, copy, pieces, known)
+                    if answer.body and not head:
+                        stack.pop_all()  # the server closes it with the body
+                    return answer
             except NotReady as error:
                 raise _unavailable(str(error)) from error
             except (FileNotFoundError, NotADirectoryError):
@@ -611,23 +603,7 @@ class Standby:
                 said.append(f"the {source.name} cannot be read")
             except Wrong as error:
                 said.append(f"the {source.name}'s copy is not right: {error}")
-            else:
-                if time.monotonic() - looked > RELOOK:
-                    with contextlib.ExitStack() as stack:
-                        stack.callback(copy.close)
-                        self._alive(name)  # it may have been deleted meanwhile
-                        stack.pop_all()
-                return copy, pieces, known
         raise _unavailable(f"the file is stored, but not to be had here: {'; '.join(said) or 'there is no source'}")
-
-    def _verified(self, source: Source, known: Known, until: float) -> tuple[Copy, bytes]:
-        copy = source.open(known.name)
-        try:
-            pieces = self.verifier.pieces(copy, known, until)
-        except BaseException:
-            copy.close()
-            raise
-        return copy, pieces
 
     def _file(self, environ: Environ, copy: Copy, pieces: bytes, known: Known) -> Answer:
         size, modified = copy.status.st_size, copy.status.st_mtime_ns // 10**9
