@@ -129,6 +129,22 @@ def test_the_hashes_of_pieces_hold_even_if_no_time_changes(node: Node, monkeypat
     assert ask(made, NAME, HTTP_RANGE=f"bytes={2 * PIECE}-{2 * PIECE + 9}").body == LARGE[2 * PIECE : 2 * PIECE + 10]
 
 
+def test_a_copy_that_broke_an_answer_off_is_read_again_as_a_whole(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first pieces are right, so without that every answer would break off, for as long as no time changes."""
+    node.note("added", NAME, LARGE)
+    path = node.put(node.brick, NAME, LARGE)
+    node.put(node.mirror, NAME, LARGE)
+    monkeypatch.setattr(module, "_key", lambda status: (status.st_dev, status.st_ino, 1, 1, status.st_size))
+    made = node.standby(["brick", "mirror"])
+    assert ask(made, NAME).body == LARGE
+    with path.open("r+b") as file:
+        file.seek(2 * PIECE)
+        file.write(bytes(100))
+    broken = ask(made, NAME)
+    assert broken.broken is not None and broken.body == LARGE[: 2 * PIECE]
+    assert ask(made, NAME).body == LARGE, "from the mirror"
+
+
 def test_a_change_during_the_whole_reading_is_seen(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sink's bytes are read before a heal overwrites them with the same bytes: still no proof."""
     node.note("added", NAME, LARGE)
