@@ -306,21 +306,23 @@ class Verifier:
             raise NotReady("the file is being verified") from error
 
     def _run(self, future: Future[bytes], copy: Copy, known: Known) -> None:
+        found: bytes | BaseException
         try:
-            try:
-                found = _read_whole(copy, known)
-            except Wrong as error:
-                log.warning("the %s's copy of %s is not served: %s", copy.source.name, known.name, error)
-                self.memory.put(copy.key, known.sha256, error)
-                raise
-            self.memory.put(copy.key, known.sha256, found)
-            future.set_result(found)
+            found = _read_whole(copy, known)
+        except Wrong as error:
+            log.warning("the %s's copy of %s is not served: %s", copy.source.name, known.name, error)
+            found = error
         except BaseException as error:  # noqa: BLE001  it belongs to the askers
-            future.set_exception(error)
-        finally:
-            copy.close()
-            with self._lock:
-                del self._running[copy.key, known.sha256]
+            found = error
+        copy.close()
+        if isinstance(found, (bytes, Wrong)):
+            self.memory.put(copy.key, known.sha256, found)
+        with self._lock:
+            del self._running[copy.key, known.sha256]
+        if isinstance(found, bytes):
+            future.set_result(found)
+        else:
+            future.set_exception(found)
 
 
 def _read_whole(copy: Copy, known: Known) -> bytes:
