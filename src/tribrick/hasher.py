@@ -96,6 +96,12 @@ class Tree:
         except OSError as error:
             return {"name": name, **_wrong(error)}
 
+    def open(self, name: str) -> int:
+        """Return a descriptor for reading *name*, which the caller closes; ``OSError`` if there is no such file."""
+        with contextlib.ExitStack() as stack:
+            directory, last = self._directory(stack, name)
+            return os.dup(_open(stack, directory, last))
+
     def _directory(self, stack: contextlib.ExitStack, name: str) -> tuple[int, str]:
         """Open the directory in which *name* lies, through no link; return it and the rest of the name."""
         *parts, last = name.split("/")

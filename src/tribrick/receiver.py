@@ -686,16 +686,17 @@ class _Window:
 # Configuration
 
 
-def _keys(path: Path) -> dict[str, str]:
+def _keys(path: Path, variable: str = "TRIBRICK_RECEIVER_KEYS") -> dict[str, str]:
+    """Read the secrets of signatures; *variable* is who names the file, for messages."""
     try:
         if path.stat().st_mode & stat.S_IRWXO:
-            raise ReceiverError(f"TRIBRICK_RECEIVER_KEYS: everybody may read {path}")
+            raise ReceiverError(f"{variable}: everybody may read {path}")
         keys = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ReceiverError(f"TRIBRICK_RECEIVER_KEYS: {path} cannot be read: {error}") from error
+        raise ReceiverError(f"{variable}: {path} cannot be read: {error}") from error
     good = isinstance(keys, dict) and keys and all(isinstance(key, str) and key for key in keys.values())
     if not good:
-        raise ReceiverError(f'TRIBRICK_RECEIVER_KEYS: {path} must hold {{"key id": "secret"}}')
+        raise ReceiverError(f'{variable}: {path} must hold {{"key id": "secret"}}')
     return dict(keys)
 
 

@@ -39,6 +39,7 @@ EXPECTED = {
     "docs/runbooks/README.md",
     "docs/security.md",
     "docs/spool.md",
+    "docs/standby.md",
     "docs/storages.md",
     "docs/sync.md",
     "docs/testing.md",
