@@ -360,6 +360,8 @@ def report(
         "seconds": end,
         "acknowledged": len(good),
         "acknowledged_under_fault": sum(under(op) for op in good),
+        "acknowledged_writes": sum(op.invoke.what in WRITES for op in good),
+        "stored": len(stored),
         "operations": {what: sum(op.invoke.what == what for op in ops) for what in ("read", *WRITES)},
         "failed": sum(op.outcome == "fail" for op in ops),
         "unknown": sum(op.outcome == "info" for op in ops),
@@ -376,3 +378,22 @@ def report(
     verdicts = judge(seed, events, seen, listed, places)
     numbers["longest_stale"] = max((verdict.stale for verdict in verdicts), default=0.0)
     return Report(verdicts, faults, numbers)
+
+
+def together(reports: Sequence[Report]) -> Report:
+    """Return several runs as one: every file and fault, numbers added up, the longest of the times."""
+    numbers: dict[str, Any] = {}
+    for word, value in reports[0].numbers.items():
+        every = [one.numbers[word] for one in reports]
+        if word == "sizes":  # shares of what was stored
+            stored = sum(one.numbers["stored"] for one in reports)
+            weighed = {key: sum(one.numbers["sizes"][key] * one.numbers["stored"] for one in reports) for key in value}
+            numbers[word] = {key: round(share / stored, 3) if stored else 0.0 for key, share in weighed.items()}
+        elif isinstance(value, dict):
+            numbers[word] = {key: sum(one[key] for one in every) for key in value}
+        elif word == "clients":  # each run has its own, of the same number
+            numbers[word] = min(every)
+        else:
+            numbers[word] = max(every) if word == "longest_stale" else sum(every)
+    verdicts = [verdict for one in reports for verdict in one.verdicts]
+    return Report(verdicts, [fault for one in reports for fault in one.faults], numbers)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faults import observer, timeline
-from faults.checker import RED, Report, report
+from faults.checker import RED, Report, report, together
 from faults.history import History, operations
 from faults.nemesis import CLEAN_WAIT, NOTHING, SCENARIOS, Nemesis, choices
 from faults.workload import EXTENSION, PAUSE, Workload
@@ -31,8 +31,10 @@ examples:
   ./scripts/lab up --disks xfs
   ./scripts/torture --scenario node_loss --seed 7 --minutes 5
   ./scripts/torture --scenario power-cut --hold 20
+  ./scripts/torture --scenario all --seeds 10 --minutes 4     ten runs, then the sum
 
-The history, the verdicts and a picture are in .lab/NAME/torture/SCENARIO-SEED. Exit code: 0 nothing was lost, torn,
+The history, the verdicts and a picture are in .lab/NAME/torture/SCENARIO-SEED, the sum of several seeds in
+SCENARIO-FIRST-to-LAST.json beside them. Exit code: 0 nothing was lost, torn,
 corrupted or resurrected; 1 something was; 2 the run could not be judged.
 """
 
@@ -139,18 +141,23 @@ class Run:
                 threading.Event().wait(2)
 
     def _write(self, result: Report) -> None:
-        bad = [v for v in result.verdicts if v.verdict not in ("stable", "unknown")]
         with (self.place / "verdicts.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(dataclasses.asdict(verdict)) + "\n" for verdict in result.verdicts)
-        facts = {
-            "seed": self.seed,
-            "counts": result.counts,
-            "numbers": result.numbers,
-            "faults": result.faults,
-            "findings": [dataclasses.asdict(verdict) for verdict in bad[:100]],
-        }
-        (self.place / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_facts(self.place / "report.json", self.seed, result)
         timeline.write(self.place / "timeline", self.history.events, list(NODES))
+
+
+def write_facts(path: Path, seed: str, result: Report) -> None:
+    """Write a report for programs."""
+    bad = [v for v in result.verdicts if v.verdict not in ("stable", "unknown")]
+    facts = {
+        "seed": seed,
+        "counts": result.counts,
+        "numbers": result.numbers,
+        "faults": result.faults,
+        "findings": [dataclasses.asdict(verdict) for verdict in bad[:100]],
+    }
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def summary(result: Report) -> str:
@@ -180,6 +187,7 @@ def summary(result: Report) -> str:
     share = numbers["acknowledged_under_fault"] / numbers["acknowledged"] if numbers["acknowledged"] else 0.0
     lines.append(
         f"{numbers['acknowledged']} acknowledged in {numbers['seconds']:.0f} s by {numbers['clients']} clients, "
+        f"{numbers['acknowledged_writes']} of them writes, "
         f"{share:.0%} during a fault or within 60 s after it; {numbers['failed']} refused, {numbers['unknown']} unknown"
     )
     if numbers["longest_stale"]:
@@ -201,11 +209,35 @@ def parser() -> argparse.ArgumentParser:
     main_.add_argument("--name", type=_name, default="lab", help="which lab (default: lab)")
     main_.add_argument("--scenario", required=True, help="see below")
     main_.add_argument("--seed", default="1", help="decides contents, choices and nodes (default: 1)")
-    main_.add_argument("--minutes", type=float, default=2.0, help="of load and faults (default: 2)")
+    main_.add_argument("--seeds", type=int, default=1, help="so many runs, with the seeds that follow (default: 1)")
+    main_.add_argument("--minutes", type=float, default=2.0, help="of load and faults, each run (default: 2)")
     main_.add_argument("--clients", type=int, default=8, help="that upload (default: 8)")
+    main_.add_argument("--files", type=int, default=0, help="that a client keeps at most (default: what 24 MiB hold)")
     main_.add_argument("--hold", type=float, default=20.0, help="seconds that a fault holds (default: 20)")
     main_.add_argument("--pause", type=float, default=10.0, help="seconds between faults (default: 10)")
     return main_
+
+
+def seeds(first: str, count: int) -> list[str]:
+    """Return the seeds of some runs: the first, and the numbers after it."""
+    if count == 1:
+        return [first]
+    if count < 1 or not first.isdecimal():
+        raise KitError("Several seeds need a count of at least 1 and a number to start from: --seed 1 --seeds 10.")
+    return [str(int(first) + number) for number in range(count)]
+
+
+def one_run(console: Console, lab: Lab, seed: str, options: argparse.Namespace) -> Report:
+    """Torture a lab with one seed, tell what was found, leave nothing behind."""
+    wait_for(console, "the lab to be clean", lambda: observer.clean(lab), deadline=CLEAN_WAIT, interval=1)
+    place = lab.state / "torture" / f"{options.scenario}-{seed}"
+    run = Run(lab, console, seed, place, options.clients, files=options.files)
+    run.torture(options.scenario, options.minutes, options.hold, options.pause)
+    result = run.judge()
+    print(f"{summary(result)}\n{place}/timeline.png\nseed {seed}: {result.line()}", flush=True)
+    if not result.red:  # what was found is to be looked at
+        run.load.tidy()
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,22 +247,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lab = Lab(options.name)
     try:
         choices(options.scenario)
+        chosen = seeds(options.seed, options.seeds)
         if not lab.recall().get("subnet") or not containers(lab):
             raise KitError(f"There is no lab '{lab.name}'; make it: ./scripts/lab up --disks xfs")
         with lab.alone():
-            wait_for(console, "the lab to be clean", lambda: observer.clean(lab), deadline=CLEAN_WAIT, interval=1)
-            place = lab.state / "torture" / f"{options.scenario}-{options.seed}"
-            run = Run(lab, console, options.seed, place, options.clients)
-            run.torture(options.scenario, options.minutes, options.hold, options.pause)
-            result = run.judge()
+            result = together([one_run(console, lab, seed, options) for seed in chosen])
     except (KitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; ./scripts/lab up repairs what is left", file=sys.stderr)
         return 130
-    print(summary(result))
-    print(f"{run.place}/timeline.png")
+    if len(chosen) > 1:
+        print(f"all {len(chosen)} seeds\n{summary(result)}")
+        name = f"{options.scenario}-{chosen[0]}-to-{chosen[-1]}.json"
+        write_facts(lab.state / "torture" / name, f"{chosen[0]} to {chosen[-1]}", result)
     print(result.line())
     return 1 if result.red else 0
 

@@ -65,6 +65,7 @@ def lab(site: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     lab.during = lambda: None
     lab.alone = contextlib.nullcontext
     lab.site_variables = lambda: {"tribrick_media_root": str(mount)}
+    lab.recall = lambda: {"subnet": "198.18.0.0/24"}
     web = observer.look
 
     def look(lab_: Any, kind: str, node: str, names: list[str]) -> list[Seen]:
@@ -122,6 +123,16 @@ def test_a_run_without_a_violation(lab: Any, capsys: pytest.CaptureFixture[str])
     assert facts["counts"]["stable"] > 20 and facts["numbers"]["operations"]["rename"] > 0
     assert (place / "timeline.png").stat().st_size > 1000 and len(load(place / "history.jsonl")) > 100
     assert not any(lab.mount.iterdir()), "its directory on the mount is removed"
+
+
+def test_two_seeds(lab: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert torture.main([*WORDS, "--seeds", "2", "--files", "4"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    runs = [int(line.split(": ")[1].split()[0]) for line in told if line.startswith(("seed 7:", "seed 8:"))]
+    assert len(runs) == 2 and int(told[-1].split()[0]) == sum(runs)
+    facts = json.loads((lab.state / "torture" / "node_loss-7-to-8.json").read_text(encoding="utf-8"))
+    assert facts["numbers"]["acknowledged"] == sum(runs) and facts["seed"] == "7 to 8"
+    assert not lab.shop.files, "each run removes its files"
 
 
 def test_without_faults(lab: Any) -> None:

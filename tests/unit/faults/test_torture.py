@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from faults import nemesis, timeline, torture
-from faults.checker import report
+from faults.checker import report, together
 from faults.history import Event, History, load
 from faults.observer import places
 from kit import faults
@@ -117,11 +117,34 @@ def test_summary_names_what_is_red() -> None:
     assert found.red and found.line().split("; ")[1].startswith("files: 0 corrupt, 0 torn, 30 lost")
 
 
+def test_several_seeds_are_one_sum() -> None:
+    whole = {f"photos/u{n}": f"u{n}" for n in range(0, 60, 2)}
+    one, nothing = report("unit", events(), [], whole, places()), report("unit", [], [], {}, places())
+    both = together([one, nothing, one])
+    assert both.red and both.counts == {word: 2 * count for word, count in one.counts.items()}
+    assert len(both.faults) == 2 * len(one.faults) == 2
+    assert both.numbers["acknowledged"] == 2 * one.numbers["acknowledged"] > both.numbers["acknowledged_writes"] > 0
+    assert both.numbers["sizes"] == pytest.approx(one.numbers["sizes"], abs=0.002)
+    assert both.numbers["clients"] == 0, "the fewest of any run: one without clients is not hidden by the others"
+    assert both.numbers["operations"]["upload"] == 2 * one.numbers["operations"]["upload"]
+    assert not together([nothing]).red
+
+
+def test_seeds_follow_each_other() -> None:
+    assert torture.seeds("abc", 1) == ["abc"]
+    assert torture.seeds("8", 3) == ["8", "9", "10"]
+    for first, count in (("abc", 2), ("1", 0), ("-3", 2)):
+        with pytest.raises(KitError, match="a number to start from"):
+            torture.seeds(first, count)
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert torture.main(["--scenario", "storm"]) == 2
     assert "There is no scenario 'storm'" in capsys.readouterr().err
     assert torture.main(["--scenario", "kill", "--name", "no-such-lab"]) == 2
     assert "There is no lab 'no-such-lab'" in capsys.readouterr().err
+    assert torture.main(["--scenario", "kill", "--name", "no-such-lab", "--seeds", "2", "--seed", "x"]) == 2
+    assert "a number to start from" in capsys.readouterr().err
 
 
 class Told:
