@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faults import observer, timeline
-from faults.checker import RED, Report, report, together
-from faults.history import History, operations
+from faults.checker import RED, Report, Seen, report, together
+from faults.history import History, Operation, operations
 from faults.nemesis import CLEAN_WAIT, NOTHING, SCENARIOS, Nemesis, choices
 from faults.workload import EXTENSION, PAUSE, Workload
 from kit.faults import inside
@@ -23,6 +23,8 @@ from kit.lab import NODES, Lab, _name, containers
 from kit.run import Console, KitError, wait_for
 
 STEADY = 10.0  # seconds of load before the first fault and after the last
+CACHED = 1.0  # seconds that a mount believes what it knows of a file (performance.md-cache-timeout, entry-timeout)
+CACHE_WAIT = 30.0  # and so long may others on that node go on looking at it
 GONE_WAIT = 90.0  # the bytes of a deleted file may outlive its tombstone for as long: a timer removes them
 EXAMPLES = f"""\
 scenarios: {", ".join(SCENARIOS)}, all, {NOTHING}, or one fault by its name (./scripts/lab fault --help)
@@ -121,7 +123,7 @@ class Run:
         mounted |= {op.invoke.target for op in ops if op.invoke.what == "rename"}
         self._await_removal(uploads - listed.keys())
         seen = observer.look_everywhere(self.lab, uploads | listed.keys())
-        seen += observer.look_everywhere(self.lab, mounted, ("mount", "brick"))
+        seen += self._past_caches(observer.look_everywhere(self.lab, mounted, ("mount", "brick")), ops)
         self.history.close()
         result = report(self.seed, self.history.events, seen, listed, observer.places())
         self._write(result)
@@ -130,6 +132,27 @@ class Run:
         if self.load.problems:
             raise KitError(f"The load was not what it should be: {'; '.join(self.load.problems)}")
         return result
+
+    def _past_caches(self, seen: list[Seen], ops: Sequence[Operation]) -> list[Seen]:
+        """Ask mounts again for old names of renamed files; return what is seen in the end.
+
+        A mount that has listed the directory answers for an old name from its cache, as long as it knows the file's
+        attributes, which is a second after anybody looked at it there. What the bricks say is not touched by this.
+        """
+        old = {op.invoke.name for op in ops if op.invoke.what == "rename" and op.outcome == "ok"}
+        end = time.monotonic() + CACHE_WAIT
+        while cached := [s for s in seen if s.name in old and s.state == "file" and s.place.startswith("mount ")]:
+            if time.monotonic() > end:
+                break
+            threading.Event().wait(2 * CACHED)
+            self.console.say(f"  {len(cached)} old names from caches of mounts; asking again")
+            fresh = {}
+            for place in {one.place for one in cached}:
+                kind, node = place.split()
+                names = sorted({one.name for one in cached if one.place == place})
+                fresh |= {(place, one.name): one for one in observer.look(self.lab, kind, node, names)}
+            seen = [fresh.get((one.place, one.name), one) for one in seen]
+        return seen
 
     def _await_removal(self, names: set[str]) -> None:
         """Give the bytes of deleted files the time that they may take."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -165,3 +166,29 @@ def test_a_client_that_died_is_no_verdict(
     monkeypatch.setattr(LocalMount, "ask", lambda self, question: 1 // 0)
     assert torture.main(WORDS) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "times", "red"), [("mount", 1, False), ("mount", 1000, True), ("brick", 1, True)])
+def test_old_names_that_only_a_mount_remembers(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, kind: str, times: int, red: bool
+) -> None:
+    monkeypatch.setattr(torture, "CACHED", 0.05)
+    monkeypatch.setattr(torture, "CACHE_WAIT", 0.4)
+    honest, asked = observer.look, dict[str, int]()
+
+    def look(lab_: Any, kind_: str, node: str, names: list[str]) -> list[Seen]:
+        found = []
+        for one in honest(lab_, kind_, node, names):
+            current = next(lab.mount.glob(f"{one.name.rpartition('-')[0]}-*"), None)
+            remembers = (kind_, node) == (kind, "node2") and one.state == "absent" and current is not None
+            if remembers and asked.setdefault(one.name, 0) < times:
+                asked[one.name] += 1
+                behind = honest(lab_, kind_, node, [str(current.relative_to(lab.mount))])[0]
+                found.append(dataclasses.replace(behind, name=one.name))
+            else:
+                found.append(one)
+        return found
+
+    monkeypatch.setattr(observer, "look", look)
+    assert torture.main([*WORDS, "--minutes", "0.02", "--pause", "0.1"]) == (1 if red else 0)
+    assert asked, "nothing was renamed"

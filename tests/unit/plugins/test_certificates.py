@@ -277,9 +277,7 @@ def test_another_hosts_certificate_of_the_same_ca_is_not_needed(act, ca):
 
 def test_a_certificate_that_nobody_believes_is_told(act, ca):
     act(ca)
-    act.host.found["pem"] = certificates.to_pem(
-        certificates.issue("", act.host.csr("key", "node1", False), *ca, -0.5)
-    )
+    act.host.found["pem"] = certificates.to_pem(certificates.issue("", act.host.csr("key", "node1", False), *ca, -0.5))
     said = act(ca, certificates=[{"path": "key", "certificate_path": "pem", "common_name": "node1"}], renew={"days": 0})
     assert said["invalid"] == ["pem"] and "only" in said["reasons"]["pem"]
 

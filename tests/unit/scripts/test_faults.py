@@ -57,6 +57,21 @@ def test_a_lab_without_disks_says_how_to_get_them(here: lab.Lab) -> None:
         faults.disk(here, "node1")
 
 
+def test_a_full_disk_takes_what_others_free_meanwhile(here: lab.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = faults.make(here, "disk-full", ["node1"])
+    assert isinstance(fault, faults.DiskFull)
+    free, filled = 3, list[str]()
+    monkeypatch.setattr(lab.Lab, "site_variables", lambda _lab: {"tribrick_brick_mount": "/srv/gluster/media"})
+    monkeypatch.setattr(faults.DiskFull, "_fill", lambda _fault, host: filled.append(host))
+    monkeypatch.setattr(faults, "inside", lambda *_words: "No space left on device" if len(filled) >= free else "")
+    fault.inject()
+    assert "no space left" in fault.proof() and filled == ["node1"] * 3
+    free = 100
+    with pytest.raises(KitError, match="was to be full"):
+        fault.proof()
+    assert len(filled) == 3 + fault.fills
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("2m", 120)])
 def test_times(text: str, seconds: float) -> None:
     assert lab._seconds(text) == seconds

@@ -12,7 +12,9 @@ from cryptography import x509
 from kit import inventory, new_ca
 
 SPEC = inventory.SiteSpec(
-    name="demo", nodes={f"node{n}": f"192.0.2.1{n}" for n in (1, 2, 3)}, database_url="postgres://app:secret@db.example/app"
+    name="demo",
+    nodes={f"node{n}": f"192.0.2.1{n}" for n in (1, 2, 3)},
+    database_url="postgres://app:secret@db.example/app",
 )
 
 

@@ -92,7 +92,7 @@ def test_pages_work_under_a_strict_content_security_policy(boss: Client) -> None
     one = add(content_type="image/png")
     for where in (FILES, f"{FILES}{one.pk}/change/"):
         text = page(boss, where)
-        assert re.search(r"/tribrick/admin[.0-9a-f]*\.css", text) and "class=\"tribrick-" in text
+        assert re.search(r"/tribrick/admin[.0-9a-f]*\.css", text) and 'class="tribrick-' in text
         assert " style=" not in text, "an inline style is not applied there"
     assert finders.find("tribrick/admin.css")
 

@@ -163,9 +163,7 @@ def test_an_add_on_async_is_one_transaction(
 
 
 @pytest.mark.parametrize("name", ["photos/", "./", "x/../photos/", "a/../b", "a//b", "./b", "..", "/b"])
-def test_no_name_that_a_server_may_take_for_another(
-    database: None, site: Any, servers: Any, name: str
-) -> None:
+def test_no_name_that_a_server_may_take_for_another(database: None, site: Any, servers: Any, name: str) -> None:
     (host,) = hosts = servers(1)
     storage = site("distributed", hosts)
     for ask in (storage.delete, storage.open, storage.exists, storage.size):
