@@ -146,7 +146,7 @@ class Run:
                 break
             threading.Event().wait(2 * CACHED)
             self.console.say(f"  {len(cached)} old names from caches of mounts; asking again")
-            fresh = {}
+            fresh: dict[tuple[str, str], Seen] = {}
             for place in {one.place for one in cached}:
                 kind, node = place.split()
                 names = sorted({one.name for one in cached if one.place == place})
