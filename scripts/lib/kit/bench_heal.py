@@ -9,17 +9,15 @@ quorum stay. They are put back in the end; if this command is killed, the next r
 from __future__ import annotations
 
 import argparse
-import contextlib
-import re
 import secrets
 import time
-from collections.abc import Iterator
 from statistics import median
 from typing import Final
 
 from kit import faults
 from kit.bench import Figures, Say
 from kit.benchlib import Ratio, Series, median_ratio, picture_of_ratios
+from kit.benchvolume import Volume
 from kit.faults import inside
 from kit.lab import Lab
 from kit.run import KitError
@@ -69,58 +67,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-stock", action="store_true", help="only this kit's options")
 
 
-def waiting(text: str) -> list[int | None]:
-    """Return how many entries wait on each brick, by `gluster volume heal VOLUME statistics heal-count`.
-
-    None stands for a brick that is away.
-    """
-    bricks = re.split(r"^Brick ", text, flags=re.MULTILINE)[1:]
-    found = [re.search(r"^Number of entries: (\d+)$", brick, re.MULTILINE) for brick in bricks]
-    return [int(one[1]) if one else None for one in found]
-
-
-class Volume:
-    """The lab's volume, through one node's gluster."""
-
-    def __init__(self, lab: Lab) -> None:
-        shared = lab.site_variables()
-        self.lab, self.name = lab, str(shared["tribrick_volume"])
-        self.mount, self.brick = str(shared["tribrick_media_root"]), str(shared["tribrick_brick_path"])
-
-    def gluster(self, words: str, deadline: float = 60.0) -> str:
-        """Run a command of `gluster volume`."""
-        return inside(self.lab, WRITER, f"gluster --mode=script volume {words}", deadline=deadline)
-
-    def option(self, name: str) -> str:
-        """Return what an option is set to; empty if it is not."""
-        found = re.search(rf"^{re.escape(name)}: (.*)$", self.gluster(f"info {self.name}"), re.MULTILINE)
-        return found[1].strip() if found else ""
-
-    def set(self, values: dict[str, str]) -> None:
-        """Set options; those with an empty value are reset."""
-        for name, value in values.items():
-            self.gluster(f"set {self.name} {name} {value}" if value else f"reset {self.name} {name}")
-
-    @contextlib.contextmanager
-    def back(self) -> Iterator[dict[str, str]]:
-        """Put back what is changed meanwhile; gives what was set."""
-        before = {name: self.option(name) for name in STOCK}
-        try:
-            yield before
-        finally:
-            self.set(before)
-
-    def waiting(self) -> list[int | None]:
-        """Return how many entries wait to be healed on each brick; None for one that is away."""
-        return waiting(self.gluster(f"heal {self.name} statistics heal-count"))
-
-    def same(self, directory: str) -> int:
-        """Return how many files the healed brick holds. Fails unless they are the writer's, byte for byte."""
-        script = SUM.format(place=f"{self.brick}/{directory}")
-        found = {node: inside(self.lab, node, script, deadline=600).split() for node in (WRITER, SINK)}
-        if found[WRITER] != found[SINK]:
-            raise KitError(f"Nothing waits to be healed, but {SINK} holds {found[SINK]}, {WRITER} {found[WRITER]}.")
-        return int(found[SINK][-1])
+def same(volume: Volume, directory: str) -> int:
+    """Return how many files the healed brick holds. Fails unless they are the writer's, byte for byte."""
+    script = SUM.format(place=f"{volume.brick}/{directory}")
+    found = {node: inside(volume.lab, node, script, deadline=600).split() for node in (WRITER, SINK)}
+    if found[WRITER] != found[SINK]:
+        raise KitError(f"Nothing waits to be healed, but {SINK} holds {found[SINK]}, {WRITER} {found[WRITER]}.")
+    return int(found[SINK][-1])
 
 
 def heal(lab: Lab, volume: Volume, files: int, size: int) -> float:
@@ -152,7 +105,7 @@ def heal(lab: Lab, volume: Volume, files: int, size: int) -> float:
             if now > LIMIT:
                 raise KitError(f"{missed} entries were to heal in {LIMIT:.0f} s; still waiting, by brick: {left}.")
             time.sleep(0.5)
-        if (held := volume.same(directory)) != files:
+        if (held := same(volume, directory)) != files:
             raise KitError(f"{files} files were written, {SINK} holds {held}.")
         return now
     finally:
@@ -166,7 +119,7 @@ def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
         raise KitError("Something waits to be healed, or a brick is away, before anything was done.")
     ways = ["ours"] if options.no_stock else ["ours", "stock"]
     rates: dict[str, list[list[float]]] = {way: [] for way in ways}
-    with volume.back() as ours:
+    with volume.back(STOCK) as ours:
         for block in range(options.blocks):
             for way in ways if block % 2 == 0 else reversed(ways):
                 volume.set(ours if way == "ours" else STOCK)

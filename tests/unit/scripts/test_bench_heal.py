@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kit import bench_heal
+from kit import bench_heal, benchvolume
 from kit.run import KitError
 
 COUNTS = """Gathering count of entries to be healed on volume media has been successful
@@ -26,9 +26,9 @@ AWAY = "Status: Transport endpoint is not connected\nNumber of entries: -"
 
 
 def test_what_waits() -> None:
-    assert bench_heal.waiting(COUNTS.format(second="Number of entries: 0")) == [47, 0, 98]
-    assert bench_heal.waiting(COUNTS.format(second=AWAY)) == [47, None, 98]
-    assert bench_heal.waiting("nothing") == []
+    assert benchvolume.waiting(COUNTS.format(second="Number of entries: 0")) == [47, 0, 98]
+    assert benchvolume.waiting(COUNTS.format(second=AWAY)) == [47, None, 98]
+    assert benchvolume.waiting("nothing") == []
 
 
 class FakeVolume:
@@ -49,7 +49,7 @@ class FakeVolume:
     def set(self, values: dict[str, str]) -> None:
         self.options = {name: value for name, value in (self.options | values).items() if value}
 
-    back = bench_heal.Volume.back
+    back = benchvolume.Volume.back
 
     def gluster(self, words: str) -> str:
         self.asked.append(words)
@@ -58,10 +58,6 @@ class FakeVolume:
 
     def waiting(self) -> list[int | None]:
         return self.answers.pop(0) if self.answers else [0, 0, 0]
-
-    def same(self, directory: str) -> int:
-        assert directory.startswith("bench-heal-")
-        return self.held
 
 
 @pytest.fixture
@@ -75,6 +71,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(bench_heal, "inside", lambda _lab, host, script, **_more: done.append(f"{host} {script[:6]}"))
     monkeypatch.setattr(bench_heal.time, "sleep", lambda _seconds: None)
     monkeypatch.setattr(bench_heal, "Volume", lambda _lab: volume)
+    monkeypatch.setattr(bench_heal, "same", lambda volume_, directory: volume_.held if directory else 0)
     return SimpleNamespace(volume=volume, done=done)
 
 
