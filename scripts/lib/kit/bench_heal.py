@@ -115,8 +115,8 @@ def heal(lab: Lab, volume: Volume, files: int, size: int) -> float:
 def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
     """Measure."""
     volume = Volume(lab)
-    if any(count != 0 for count in volume.waiting()):
-        raise KitError("Something waits to be healed, or a brick is away, before anything was done.")
+    if unclean := volume.unclean():
+        raise KitError(f"Before anything was done: {unclean} (None: a brick that is away).")
     ways = ["ours"] if options.no_stock else ["ours", "stock"]
     rates: dict[str, list[list[float]]] = {way: [] for way in ways}
     with volume.back(STOCK) as ours:

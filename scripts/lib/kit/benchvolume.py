@@ -57,3 +57,8 @@ class Volume:
     def waiting(self) -> list[int | None]:
         """Return how many entries wait to be healed on each brick; None for one that is away."""
         return waiting(self.gluster(f"heal {self.name} statistics heal-count"))
+
+    def unclean(self) -> str | None:
+        """Return what waits to be healed, by brick, or None."""
+        left = self.waiting()
+        return None if left and all(count == 0 for count in left) else f"waiting to be healed, by brick: {left}"

@@ -49,7 +49,7 @@ class FakeVolume:
     def set(self, values: dict[str, str]) -> None:
         self.options = {name: value for name, value in (self.options | values).items() if value}
 
-    back = benchvolume.Volume.back
+    back, unclean = benchvolume.Volume.back, benchvolume.Volume.unclean
 
     def gluster(self, words: str) -> str:
         self.asked.append(words)
@@ -130,7 +130,7 @@ def test_without_stock(lab: SimpleNamespace) -> None:
 def test_a_lab_that_is_not_clean_is_refused(lab: SimpleNamespace) -> None:
     for answer in ([0, 1, 0], [0, None, 0]):
         lab.volume.answers = [answer]
-        with pytest.raises(KitError, match="before anything was done"):
+        with pytest.raises(KitError, match="Before anything was done"):
             bench_heal.run(Any, argparse.Namespace(files=5, size=1, blocks=1, no_stock=True), lambda _text: None)  # type: ignore[arg-type]
     assert not lab.done
 
