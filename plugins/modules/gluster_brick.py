@@ -23,6 +23,12 @@ options:
     description: Mount point of the brick's file system; empty where it has none of its own.
     type: str
     default: ""
+  staging:
+    description:
+      - Directory of M(tribrick.media.brick_seed). While it is there, a copy into this brick was killed on its way, and
+        a brick whose process is down is not refused.
+    type: path
+    default: ""
 attributes:
   check_mode: {support: full, description: Refuses and predicts.}
 author: [Tribrick authors]
@@ -40,6 +46,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 commands: {description: What was (in check mode, would be) run., returned: always, type: list, elements: str}
+empty: {description: Whether the brick is to be filled., returned: success, type: bool}
 """
 
 import os
@@ -66,6 +73,7 @@ def main() -> None:
             "nodes": {"type": "list", "elements": "str", "required": True},
             "path": {"type": "path", "required": True},
             "mount": {"type": "str", "default": ""},
+            "staging": {"type": "path", "default": ""},
         },
         supports_check_mode=True,
     )
@@ -111,8 +119,10 @@ def main() -> None:
             )
         entries = os.listdir(path) if os.path.isdir(path) else []
         wanted = judge_brick_directory(entries, brick_mark(path), volume.uuid, path)
+        if not wanted and os.path.isdir(module.params["staging"]):
+            module.exit_json(changed=False, commands=[], empty=True)
         if not wanted and find_brick(path):
-            module.exit_json(changed=False, commands=[])
+            module.exit_json(changed=False, commands=[], empty=False)
         if not wanted:
             raise Refused(f"{path} is whole, only its process is down: run playbooks/recover_heal.yml")
         members = identify(cli.pool(), nodes, node, resolve)
@@ -141,7 +151,7 @@ def main() -> None:
             )
     except (GlusterError, Refused) as error:
         module.fail_json(msg=str(error), changed=bool(cli.changing), commands=commands)
-    module.exit_json(changed=True, commands=commands)
+    module.exit_json(changed=True, commands=commands, empty=True)
 
 
 if __name__ == "__main__":
