@@ -239,7 +239,8 @@ def _settle(brick: str, tree: str, below: str) -> int:
         new, place = os.path.join(tree, below, name), os.path.join(brick, below, name)
         if not os.path.lexists(place):
             taken += _handles(brick, new, parent, name)
-            os.rename(new, place)
+            if os.path.lexists(new):
+                os.rename(new, place)
         elif _same_directory(new, place):
             taken += _settle(brick, tree, os.path.join(below, name))
     return taken

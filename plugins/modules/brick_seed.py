@@ -61,6 +61,8 @@ why: {description: Why nothing was copied; empty if it was., returned: always, t
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -76,6 +78,7 @@ from ansible_collections.tribrick.media.plugins.module_utils.recovery import bri
 
 STALL = 300.0  # seconds without a byte
 END_WAIT = 60
+ORPHAN_WAIT = 1800
 
 
 def context(module: AnsibleModule, purpose: int) -> ssl.SSLContext:
@@ -99,9 +102,19 @@ def serve(module: AnsibleModule) -> dict[str, object]:
     made, end = context(module, ssl.PROTOCOL_TLS_SERVER), time.monotonic() + module.params["wait"]
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     refused = ""
-    with socket.create_server(
-        ("", module.params["port"]), family=family, dualstack_ipv6=family == socket.AF_INET6
-    ) as listener:
+
+    def listen() -> socket.socket:
+        while True:  # a run that was killed may still serve there, for a while
+            try:
+                return socket.create_server(
+                    ("", module.params["port"]), family=family, dualstack_ipv6=family == socket.AF_INET6
+                )
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
+
+    with listen() as listener:
         while (left := end - time.monotonic()) > 0:
             listener.settimeout(left)
             try:
@@ -146,6 +159,26 @@ def fetch(module: AnsibleModule) -> int:
     return settle(path, staging)
 
 
+def alone(staging: str, node: str) -> bool:
+    """Wait for a fetch that goes on although its playbook was killed. Tell whether there was one.
+
+    The lock is on the directory above the staging, and is held until this process ends.
+    """
+    lock = os.open(os.path.dirname(staging), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def taken() -> bool:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+    if not taken():
+        return False
+    wait_until(taken, lambda busy: "it still copies" if busy else "", ORPHAN_WAIT, "a copy that was begun before", node)
+    return True
+
+
 def stop_brick(path: str, node: str) -> None:
     """End the brick's process, and wait for its end."""
     if pid := find_process("glusterfsd", path):
@@ -181,6 +214,8 @@ def main() -> None:
     path, staging, node = (module.params[word] for word in ("path", "staging", "node"))
     cli, files, why = Cli(module.run_command, node, 120), 0, ""
     try:
+        if alone(staging, node) and not os.path.isdir(staging):
+            module.exit_json(changed=False, files=0, why="")
         shutil.rmtree(staging, ignore_errors=True)
         os.mkdir(staging, 0o700)
         stop_brick(path, node)

@@ -50,6 +50,7 @@ empty: {description: Whether the brick is to be filled., returned: success, type
 """
 
 import os
+import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
@@ -63,6 +64,11 @@ from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
 )
 from ansible_collections.tribrick.media.plugins.module_utils.health import find_brick
 from ansible_collections.tribrick.media.plugins.module_utils.recovery import brick_mark, judge_brick_directory
+from ansible_collections.tribrick.media.plugins.module_utils.systemd import PROPERTIES, parse_show
+
+# GlusterFS starts bricks in the background after its own start. A reset meanwhile has crashed glusterd, which had then
+# lost its description of the brick and did not start again (11.1, seen a second after its start).
+SETTLED = 15
 
 
 def main() -> None:
@@ -100,6 +106,16 @@ def main() -> None:
             return error.message
         return ""
 
+    def starting() -> str:
+        words = ["systemctl", "show", f"--property={','.join(PROPERTIES)}", "glusterd.service"]
+        unit = parse_show(module.run_command(words, environ_update={"LC_ALL": "C"})[1], words[-1:])[words[-1]]
+        age = time.monotonic() - unit.started
+        return "" if unit.active == "active" and age >= SETTLED else f"{unit.active}, for {age:.0f} s"
+
+    def settle() -> None:
+        if not module.check_mode:
+            wait_until(starting, str, 60, f"glusterd to have run for {SETTLED} s", node)
+
     def unready_pool() -> str:
         try:
             return "; ".join(unready(nodes, node, identify(cli.pool(), nodes, node, resolve), []))
@@ -130,6 +146,7 @@ def main() -> None:
         away += [f"{one.brick}: down" for one in cli.status(volume) if one.brick != brick and not one.online]
         if away:
             raise Refused(f"every other node and brick must be there first: {'; '.join(away)}")
+        settle()
         # Ends the brick's process, which may still serve a directory that is gone. May be repeated.
         reset(brick, "start")
         if not module.check_mode:
@@ -144,6 +161,7 @@ def main() -> None:
             commands.append("systemctl restart glusterd.service")
             module.run_command(["timeout", "-k", "5", "120", "systemctl", "restart", "glusterd.service"])
             wait_until(unready_pool, str, 60, "the pool", node)
+            settle()
             wait_until(commit_again, str, 60, f"the other nodes to be connected to {node}", node)
         if not module.check_mode:
             wait_until(

@@ -853,6 +853,13 @@ class ReadOnly(Fault):
         return None
 
 
+# Waits until glusterd has run for 15 s: while it still starts bricks, reset-brick can crash it.
+SETTLED = (
+    "until test $(($(cut -d. -f1 /proc/uptime) - "
+    "$(systemctl show -P ActiveEnterTimestampMonotonic glusterd) / 1000000)) -ge 15; do sleep 0.5; done"
+)
+
+
 class DiskWiped(Fault):
     """The node comes back with an empty new disk. Lifting it is a recovery: the brick is filled from the others."""
 
@@ -891,7 +898,7 @@ class DiskWiped(Fault):
             inside(
                 self.lab,
                 host,
-                f"mkdir -p {path}; {run} reset-brick {volume} {brick} start"
+                f"{SETTLED}; mkdir -p {path}; {run} reset-brick {volume} {brick} start"
                 f" && {run} reset-brick {volume} {brick} {brick} commit force && {run} heal {volume} full",
                 deadline=120,
             )

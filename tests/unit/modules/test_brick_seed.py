@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -136,8 +137,10 @@ def test_nothing_that_is_there_is_replaced(good: Path, sink: Path, tmp_path: Pat
     add(sink, "photos", gfid=photos)  # GlusterFS was faster, here and with another directory of that name
     add(sink, "photos/b")
     add(sink, "photos/moved.jpg", b"healed", gfid=one)
+    add(sink, "photos/new-name.jpg", b"healed", gfid=add(good, "photos/old-name.jpg", b"healed"))
     assert seed(good, sink, tmp_path / "staging") == 2, "the empty one and other.bin"
     assert (sink / "photos/moved.jpg").read_bytes() == b"healed" and not list((sink / "photos/b").iterdir())
+    assert not (sink / "photos/old-name.jpg").exists()
     assert not (sink / "photos/a/1.jpg").exists() and (sink / "photos/a/empty.jpg").exists()
 
 
@@ -402,3 +405,35 @@ def test_nobody_fetches(tmp_path: Path, side: Side) -> None:
     empty(tmp_path / "good")
     served = run(state="serve", path=str(tmp_path / "good"), peer="sink", port=port(), wait=0, **pool.node("localhost"))
     assert served["why"] == "sink did not come within 0 s" and not served["changed"] and side.done == []
+
+
+def test_a_copy_that_goes_on_without_its_playbook_is_awaited(
+    tmp_path: Path, side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, staging = Pool(tmp_path / "pool"), tmp_path / "staging"
+    empty(tmp_path / "sink")
+    staging.mkdir()
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def waits(*_words: object) -> None:
+        assert side.done == [], "the brick is left alone meanwhile"
+        staging.rmdir()  # the other one is done
+        os.close(other)
+
+    monkeypatch.setattr(module_, "wait_until", waits)
+    ended = run(
+        state="fetch", name="media", node="sink", path=str(tmp_path / "sink"), staging=str(staging), peer="localhost",
+        port=port(), wait=0, **pool.node("sink"),
+    )  # fmt: skip
+    assert not ended["changed"] and side.done == []
+
+
+def test_a_port_that_is_taken_is_awaited(tmp_path: Path, side: Side) -> None:
+    pool, number = Pool(tmp_path / "pool"), port()
+    empty(tmp_path / "good")
+    with socket.create_server(("", number)):
+        served = run(
+            state="serve", path=str(tmp_path / "good"), peer="sink", port=number, wait=1, **pool.node("localhost")
+        )
+    assert "in use" in served["why"] and side.done == []
