@@ -34,6 +34,12 @@ MARK = "trusted.glusterfs.volume-id"
 LEFT = ("trusted.afr.", "trusted.glusterfs.volume-id", "trusted.glusterfs.quota", "security.")
 PIECE = 1 << 20
 
+
+def staging_of(brick: str) -> str:
+    """Where the copy for a brick is built, beside it. While it is there, the brick is to be filled."""
+    return os.path.join(os.path.dirname(os.path.normpath(brick)), ".tribrick-seed")
+
+
 Progress = Callable[[int, int], None]
 
 

@@ -21,10 +21,6 @@ options:
   peer: {description: Name of the other node, as in its certificate., type: str, required: true}
   name: {description: The volume; for C(fetch)., type: str, default: ""}
   node: {description: The name of this node; for C(fetch)., type: str, default: ""}
-  staging:
-    description: Where files are kept until all are there, on the brick's file system; for C(fetch).
-    type: path
-    default: ""
   port: {description: TCP port of the side that serves., type: int, default: 24008}
   wait: {description: Seconds until the other node must be there., type: int, default: 120}
   certificate: {description: This node's certificate., type: path, default: /etc/ssl/glusterfs.pem}
@@ -49,7 +45,6 @@ EXAMPLES = r"""
   tribrick.media.brick_seed:
     state: fetch
     path: /srv/gluster/media/brick
-    staging: /srv/gluster/media/.tribrick-seed
     name: media
     node: node2
     peer: node1
@@ -71,7 +66,13 @@ import ssl
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.tribrick.media.plugins.module_utils.brick_seed import SeedError, receive, send, settle
+from ansible_collections.tribrick.media.plugins.module_utils.brick_seed import (
+    SeedError,
+    receive,
+    send,
+    settle,
+    staging_of,
+)
 from ansible_collections.tribrick.media.plugins.module_utils.gluster import Cli, GlusterError, Refused, wait_until
 from ansible_collections.tribrick.media.plugins.module_utils.health import find_brick, find_process
 from ansible_collections.tribrick.media.plugins.module_utils.recovery import brick_mark
@@ -141,7 +142,8 @@ def serve(module: AnsibleModule) -> dict[str, object]:
 
 def fetch(module: AnsibleModule) -> int:
     """Take all files from the other node, while the brick's process is down."""
-    path, staging, peer = (module.params[word] for word in ("path", "staging", "peer"))
+    path, peer = module.params["path"], module.params["peer"]
+    staging = staging_of(path)
     end, address = time.monotonic() + module.params["wait"], (peer, module.params["port"])
     while True:
         try:
@@ -194,14 +196,13 @@ def main() -> None:
             "peer": {"type": "str", "required": True},
             "name": {"type": "str", "default": ""},
             "node": {"type": "str", "default": ""},
-            "staging": {"type": "path", "default": ""},
             "port": {"type": "int", "default": 24008},
             "wait": {"type": "int", "default": 120},
             "certificate": {"type": "path", "default": "/etc/ssl/glusterfs.pem"},
             "key": {"type": "path", "default": "/etc/ssl/glusterfs.key", "no_log": False},
             "ca": {"type": "path", "default": "/etc/ssl/glusterfs.ca"},
         },
-        required_if=[("state", "fetch", ("name", "node", "staging"))],
+        required_if=[("state", "fetch", ("name", "node"))],
         supports_check_mode=True,
     )
     if module.check_mode:
@@ -211,7 +212,8 @@ def main() -> None:
             module.exit_json(changed=False, **serve(module))
         except (OSError, SeedError, ValueError) as error:
             module.exit_json(changed=False, files=0, why=f"{type(error).__name__}: {error}")
-    path, staging, node = (module.params[word] for word in ("path", "staging", "node"))
+    path, node = module.params["path"], module.params["node"]
+    staging = staging_of(path)
     cli, files, why = Cli(module.run_command, node, 120), 0, ""
     try:
         if alone(staging, node) and not os.path.isdir(staging):

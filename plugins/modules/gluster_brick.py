@@ -12,7 +12,8 @@ description:
   - Runs on the node of the brick. Does nothing where the brick carries the volume's mark and its process runs.
   - Refuses a brick directory with files that are no brick's, a brick that belongs to another volume, and a cluster in
     which another brick or a peer is away. Deletes nothing.
-  - Then C(gluster volume reset-brick), which marks the other bricks so that the self-heal daemon fills this one. Killed
+  - A brick that M(tribrick.media.brick_seed) is to fill is left as it is, its process running or not.
+  - Else C(gluster volume reset-brick), which marks the other bricks so that the self-heal daemon fills this one. Killed
     between its two halves, it is finished by the next run.
 options:
   name: {description: The volume., type: str, required: true}
@@ -22,12 +23,6 @@ options:
   mount:
     description: Mount point of the brick's file system; empty where it has none of its own.
     type: str
-    default: ""
-  staging:
-    description:
-      - Directory of M(tribrick.media.brick_seed). While it is there, a copy into this brick was killed on its way, and
-        a brick whose process is down is not refused.
-    type: path
     default: ""
 attributes:
   check_mode: {support: full, description: Refuses and predicts.}
@@ -53,6 +48,7 @@ import os
 import time
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.tribrick.media.plugins.module_utils.brick_seed import staging_of
 from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
     Cli,
     GlusterError,
@@ -79,7 +75,6 @@ def main() -> None:
             "nodes": {"type": "list", "elements": "str", "required": True},
             "path": {"type": "path", "required": True},
             "mount": {"type": "str", "default": ""},
-            "staging": {"type": "path", "default": ""},
         },
         supports_check_mode=True,
     )
@@ -135,7 +130,7 @@ def main() -> None:
             )
         entries = os.listdir(path) if os.path.isdir(path) else []
         wanted = judge_brick_directory(entries, brick_mark(path), volume.uuid, path)
-        if not wanted and os.path.isdir(module.params["staging"]):
+        if not wanted and os.path.isdir(staging_of(path)):
             module.exit_json(changed=False, commands=[], empty=True)
         if not wanted and find_brick(path):
             module.exit_json(changed=False, commands=[], empty=False)

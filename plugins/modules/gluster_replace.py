@@ -58,6 +58,7 @@ import os
 from collections.abc import Sequence
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.tribrick.media.plugins.module_utils.brick_seed import staging_of
 from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
     Cli,
     GlusterError,
@@ -136,6 +137,7 @@ class Work:
                 self.change("volume", "set", self.name, *words)
             if not self.module.check_mode:
                 os.makedirs(self.path, exist_ok=True)
+                os.makedirs(staging_of(self.path), exist_ok=True)  # for brick_seed, which fills it
             self.change("volume", "replace-brick", self.name, old, new, "commit", "force")
         if not self.module.check_mode:
             wait_until(

@@ -352,7 +352,7 @@ def both(
         assert started.wait(10)
         module_.socket.create_server = create
     fetched = run(
-        state="fetch", name="media", node="sink", path=str(sink), staging=str(tmp_path / "staging"),
+        state="fetch", name="media", node="sink", path=str(sink),
         peer="localhost", **common, **fetching,
     )  # fmt: skip
     server.join(20)
@@ -364,7 +364,7 @@ def test_a_brick_is_filled(tmp_path: Path, side: Side) -> None:
     served, fetched = both(tmp_path, pool.node("localhost"), pool.node("sink"), expected="sink")
     assert (served["files"], served["why"]) == (1, "") and (fetched["files"], fetched["why"]) == (1, "")
     assert (tmp_path / "sink/photos/1.jpg").read_bytes() == b"picture" * 1000
-    assert side.done == ["stopped", "volume start media force"] and not (tmp_path / "staging").exists()
+    assert side.done == ["stopped", "volume start media force"] and not (tmp_path / ".tribrick-seed").exists()
 
 
 def test_a_stranger_gets_nothing(tmp_path: Path, side: Side) -> None:
@@ -393,11 +393,11 @@ def test_nobody_serves(tmp_path: Path, side: Side) -> None:
     pool = Pool(tmp_path / "pool")
     empty(tmp_path / "sink")
     fetched = run(
-        state="fetch", name="media", node="sink", path=str(tmp_path / "sink"), staging=str(tmp_path / "staging"),
+        state="fetch", name="media", node="sink", path=str(tmp_path / "sink"),
         peer="localhost", port=port(), wait=0, **pool.node("sink"),
     )  # fmt: skip
     assert "does not offer its files" in fetched["why"] and fetched["changed"]
-    assert side.done == ["stopped", "volume start media force"] and not (tmp_path / "staging").exists()
+    assert side.done == ["stopped", "volume start media force"] and not (tmp_path / ".tribrick-seed").exists()
 
 
 def test_nobody_fetches(tmp_path: Path, side: Side) -> None:
@@ -410,7 +410,7 @@ def test_nobody_fetches(tmp_path: Path, side: Side) -> None:
 def test_a_copy_that_goes_on_without_its_playbook_is_awaited(
     tmp_path: Path, side: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool, staging = Pool(tmp_path / "pool"), tmp_path / "staging"
+    pool, staging = Pool(tmp_path / "pool"), tmp_path / ".tribrick-seed"
     empty(tmp_path / "sink")
     staging.mkdir()
     other = os.open(tmp_path, os.O_RDONLY)
@@ -423,7 +423,7 @@ def test_a_copy_that_goes_on_without_its_playbook_is_awaited(
 
     monkeypatch.setattr(module_, "wait_until", waits)
     ended = run(
-        state="fetch", name="media", node="sink", path=str(tmp_path / "sink"), staging=str(staging), peer="localhost",
+        state="fetch", name="media", node="sink", path=str(tmp_path / "sink"), peer="localhost",
         port=port(), wait=0, **pool.node("sink"),
     )  # fmt: skip
     assert not ended["changed"] and side.done == []
