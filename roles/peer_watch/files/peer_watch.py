@@ -686,7 +686,7 @@ class Hands(threading.Thread):
             killed = len(run([SS, "-KHtn", *kill_filter(fence, self.addresses, *self.ports)]).splitlines())
             if killed:
                 self.killed += killed
-                say(f"ended {killed} connections with {fence.target}", 6)
+                say(f"connections with {fence.target} ended: {killed}", 6)
 
 
 def check_means() -> None:
