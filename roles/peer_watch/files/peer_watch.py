@@ -830,7 +830,8 @@ class Service:
         changed = judge.look(now, time.time())
         self.hands.want(judge.fence)
         while judge.news:
-            say(judge.news.pop(0))
+            line = judge.news.pop(0)
+            say(line, 4 if line.startswith("verdict: ") else 5)
         return changed or before != judge.brick
 
     def _send(self, bye: bool = False) -> None:
