@@ -7,10 +7,13 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 import random
+import signal
 import socket
 import ssl
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -728,3 +731,122 @@ def test_no_process_is_not_sick(brick: Brick, monkeypatch: pytest.MonkeyPatch) -
     brick.open.shutdown(socket.SHUT_RDWR)
     assert becomes(probe, watch.NONE)
     assert probe.state(time.monotonic() + 60, 0.3)[0] == watch.NONE
+
+
+# --- three services over loopback: real sockets and processes, recorded fences
+
+DRIVER = """
+import importlib.util, json, ssl, sys, time
+program, node, place, first = sys.argv[1:5]
+spec = importlib.util.spec_from_file_location("peer_watch", program)
+watch = importlib.util.module_from_spec(spec)
+sys.modules["peer_watch"] = watch
+spec.loader.exec_module(watch)
+watch.CONTROL = f"{place}/{node}.control"
+watch.check_means = lambda: None
+def record(words, given=""):
+    with open(f"{place}/{node}.log", "a") as log:
+        log.write(json.dumps([words, given]) + "\\n")
+    return ""
+watch.run = record
+watch.find_brick = lambda path: 0
+nodes = {f"node{n}": f"127.0.0.{int(first) + n}" for n in (1, 2, 3)}
+config = {"node": node, "nodes": nodes, "port": 17444, "brick": "/b", "first_port": 49152, "last_port": 49251,
+          "certificates": [f"{place}/crt.pem"], "interval": 0.1, "silence": 1.0, "answer": 0.7}
+watch.Service(config, b"k" * 32, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)).run()
+"""
+
+
+class Services:
+    """Three watchers as processes; what they would do to the system is written down."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.first = place, 40 + 4 * (os.getpid() % 40)
+        (place / "crt.pem").write_text(make_ca("demo")[1])
+        self.processes = {f"node{n}": self.start(f"node{n}") for n in (1, 2, 3)}
+        self.until(lambda: all(self.heard(name) == {True} for name in self.processes), "all hear each other")
+
+    def start(self, node: str) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-B", "-c", DRIVER, str(PROGRAM), node, str(self.place), str(self.first)]
+        return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+
+    def ask(self, node: str, call: dict[str, Any]) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+            channel.settimeout(3)
+            channel.connect(str(self.place / f"{node}.control"))
+            channel.send(json.dumps(call).encode())
+            answer: dict[str, Any] = json.loads(channel.recv(1 << 16))
+        return answer
+
+    def heard(self, node: str) -> set[bool]:
+        try:
+            peers = self.ask(node, {"do": "status"})["peers"].values()
+        except OSError:
+            return {False}
+        return {peer["heard"] is not None for peer in peers}
+
+    def fence(self, node: str) -> str:
+        found = self.ask(node, {"do": "status"})["fence"]
+        return f"{found['target']} {found['kind']}" if found else ""
+
+    def done(self, node: str) -> str:
+        return (self.place / f"{node}.log").read_text()
+
+    @staticmethod
+    def until(reached: Any, what: str, limit: float = 15) -> None:
+        end = time.monotonic() + limit
+        while not reached():
+            assert time.monotonic() < end, what
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def services(tmp_path: Path) -> Iterator[Services]:
+    running = Services(tmp_path)
+    yield running
+    for process in running.processes.values():
+        process.kill()
+        process.wait()
+
+
+def test_services_fence_a_hung_one_and_let_it_go_again(services: Services) -> None:
+    services.processes["node2"].send_signal(signal.SIGSTOP)
+    services.until(lambda: services.fence("node1") == services.fence("node3") == "node2 node", "node2 is fenced")
+    address = f"127.0.0.{services.first + 2}"
+    for name in ("node1", "node3"):
+        services.until(lambda name=name: f"node_ipv4 {{ {address} timeout 3000ms }}" in services.done(name), "nft")
+        services.until(lambda name=name: '["/usr/bin/ss", "-KHtn", "dst"' in services.done(name), "ss")
+    services.processes["node2"].send_signal(signal.SIGCONT)
+    services.until(lambda: not services.fence("node1") and not services.fence("node3"), "the fence is over")
+    assert "add element" not in services.done("node2")
+
+
+def test_services_do_not_fence_one_that_was_stopped_or_died(services: Services) -> None:
+    services.processes["node3"].send_signal(signal.SIGTERM)
+    assert services.processes["node3"].wait(5) == 0
+    services.until(lambda: services.heard("node1") == {True, False}, "node3 said goodbye")
+    services.processes["node3"] = services.start("node3")
+    services.until(lambda: services.heard("node1") == services.heard("node3") == {True}, "node3 is back")
+    services.processes["node3"].kill()
+    services.until(lambda: services.heard("node1") == {True, False}, "its kernel answers")
+    time.sleep(1.5)
+    assert services.fence("node1") == services.fence("node2") == ""
+
+
+def test_services_take_orders_and_refuse_nonsense(services: Services) -> None:
+    order = {"do": "fence", "target": "node2", "kind": "node", "left": 30}
+    services.ask("node1", order)
+    services.until(lambda: services.fence("node3") == "node2 node", "the order went round")
+    services.ask("node3", {"do": "pardon", "target": "", "kind": "brick", "left": 2})
+    services.until(lambda: services.fence("node1") == services.fence("node3") == "", "it was lifted")
+    assert "an operator" in services.ask("node1", order)["error"]
+    for wrong in (
+        {"do": "explode", "target": "node1", "kind": "node", "left": 1},
+        {**order, "target": "node9"},
+        {**order, "left": 1e9},
+        {**order, "kind": "all"},
+        {"do": 3},
+        [],
+    ):
+        error = services.ask("node2", wrong)["error"]  # type: ignore[arg-type]
+        assert error and "an operator" not in error, wrong  # type: ignore[arg-type]

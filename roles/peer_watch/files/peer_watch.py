@@ -879,6 +879,8 @@ class Service:
             order = Order(str(call["do"]), str(call["target"]), str(call["kind"]), float(call["left"]))
             if order.act not in {FENCE, PARDON} or (order.act == FENCE and order.target not in self.rules.nodes):
                 raise ValueError(f"no node '{order.target}'; there are {', '.join(self.rules.nodes)}")
+            if order.kind not in {BRICK, NODE}:
+                raise ValueError(f"'{order.kind}' is neither {BRICK} nor {NODE}")
             if not 0 < order.left <= LONGEST_ORDER:
                 raise ValueError(f"give a time up to {LONGEST_ORDER:.0f} s")
             if order.act == FENCE and self.judge.barred:
