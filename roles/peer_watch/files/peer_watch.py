@@ -918,10 +918,15 @@ class Service:
         }
 
 
+def give_up(caught: threading.ExceptHookArgs) -> None:
+    """End the service with a thread that failed: without it a watcher would look healthy and see nothing."""
+    say(f"{caught.exc_type.__name__}: {caught.exc_value}", 3)
+    os._exit(1)
+
+
 def watch() -> int:
     """Run the service."""
-    # A watcher without one of its threads would look healthy and see nothing.
-    threading.excepthook = lambda caught: (say(f"{caught.exc_type.__name__}: {caught.exc_value}", 3), os._exit(1))[1]
+    threading.excepthook = give_up
     threading.stack_size(512 * 1024)  # all of it is locked
     os.set_blocking(2, False)
     config = json.loads(Path(CONFIG).read_text(encoding="utf-8"))
