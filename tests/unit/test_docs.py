@@ -34,6 +34,7 @@ EXPECTED = {
     "docs/mirror.md",
     "docs/offline.md",
     "docs/operations.md",
+    "docs/peer-watch.md",
     "docs/ports.md",
     "docs/receiver.md",
     "docs/runbooks/README.md",

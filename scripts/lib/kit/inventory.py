@@ -328,6 +328,7 @@ def _new_secrets(spec: SiteSpec) -> dict[str, str]:
         "gluster_ca_key": key,
         "gluster_ca_certificate": certificate,
         "django_secret_key": secrets.token_urlsafe(48),
+        "peer_watch_key": secrets.token_urlsafe(32),
         "database_password": secrets.token_urlsafe(24) if host else "",
         "database_url": database_url(*host) if host else str(spec.database_url),
     }
@@ -481,6 +482,7 @@ def example_files() -> dict[str, str]:
         "gluster_ca_key": made,
         "gluster_ca_certificate": made,
         "django_secret_key": made,
+        "peer_watch_key": made,
         "database_password": "",
         "database_url": str(spec.database_url),
     }
