@@ -39,6 +39,22 @@ def choose_mirror(answers: Mapping[str, Mapping[str, Any]], date: str = "") -> d
     return {"host": host, "tree": tree}
 
 
+def furthest_ledger(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The host whose ledger knows most changes, and the number of the last; an empty host if none knows any.
+
+    *answers* is what each host said to ``tribrick ledger verify --no-database --json``.
+    """
+    found: dict[str, Any] = {"host": "", "number": 0}
+    for host, answer in sorted(answers.items()):
+        try:
+            number = json.loads(answer.get("stdout") or "")["number"] if answer.get("rc") == 0 else 0
+        except (ValueError, KeyError, TypeError):
+            continue
+        if number > found["number"]:
+            found = {"host": host, "number": number}
+    return found
+
+
 def explain_restore(said: Mapping[str, Any]) -> list[str]:
     """What a restore did, line by line."""
     lines = [f"from {said['tree']}{'' if said['applied'] else ', only looked at'}"]
@@ -59,4 +75,4 @@ class FilterModule:
     """Restoring from mirrors."""
 
     def filters(self) -> dict[str, Any]:
-        return {"choose_mirror": choose_mirror, "explain_restore": explain_restore}
+        return {"choose_mirror": choose_mirror, "furthest_ledger": furthest_ledger, "explain_restore": explain_restore}

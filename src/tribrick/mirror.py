@@ -1013,6 +1013,33 @@ def verify(directory: Path, progress: Progress = _no_progress) -> list[str]:
     return wrong
 
 
+def restore_database(config: Config, directory: Path) -> None:
+    """Bring the database back to the dump of the snapshot in *directory*; what it holds is replaced.
+
+    One transaction: a dump that cannot be restored whole changes nothing. The site must not be at work.
+    """
+    dump = directory / "database.dump"
+    if _file_hash(dump) != json.loads((directory / MARKER).read_text())["dump"]:
+        raise MirrorError(f"{dump} is not as it was written; take another snapshot with --date")
+    url, environment = libpq(config.database_url)
+    # Somebody who still has a table open is told of, not waited for.
+    environment["PGOPTIONS"] = "-c lock_timeout=30s"
+    command = ["pg_restore", "--clean", "--if-exists", "--no-owner", "--exit-on-error", "--single-transaction",
+               "--no-password", f"--dbname={url}", str(dump)]  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=config.dump_timeout, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise Away(f"the database was not restored within {error.timeout:g} s; it is as it was") from error
+    except FileNotFoundError as error:
+        raise MirrorError(f"{error.filename} is not installed; run site.yml") from error
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split())[-500:]
+        raise MirrorError(f"the database is as it was; pg_restore ended with {done.returncode}: {said}")
+
+
 # The command line
 
 
@@ -1045,6 +1072,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--date", default="", help="only the newest good one of this date or before, or of this name")
     one = command("verify", "Read a snapshot and compare it with its manifest, by SHA-256")
     one.add_argument("--date", default="", help="of this date or before, or of this name; else the newest good one")
+    one = command("restore-database", "Bring the database back to what a snapshot holds, in one transaction")
+    one.add_argument("--date", default="", help="of this date or before, or of this name; else the newest good one")
+    one.add_argument("--apply", action="store_true", help="do it; without this it is only said")
     one = command("expire", "Remove snapshots that retention does not keep; also on an off-site host")
     one.add_argument("--directory", metavar="DIR", help="where they lie; then no configuration is needed")
     for kind, default in (("hourly", 24), ("daily", 7), ("weekly", 8)):
@@ -1158,6 +1188,19 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _restore_database(options: argparse.Namespace) -> int:
+    config = _config(options)
+    directory = Path(config.place) / "snapshots"
+    one = pick(read_snapshots(directory), options.date)
+    if options.apply:
+        restore_database(config, directory / one.name)
+    if options.json:
+        print(json.dumps({"applied": options.apply, "snapshot": one.name, "number": one.number}))
+    else:
+        print(f"{one.name}, number {one.number}: {'restored' if options.apply else 'to restore'}")
+    return 0
+
+
 def _expire(options: argparse.Namespace) -> int:
     keep: dict[str, int] = {"hourly": 24, "daily": 7, "weekly": 8}
     if options.directory:
@@ -1177,7 +1220,7 @@ def _expire(options: argparse.Namespace) -> int:
 
 
 _COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
-    "run": _run, "list": _list, "verify": _verify, "expire": _expire,
+    "run": _run, "list": _list, "verify": _verify, "restore-database": _restore_database, "expire": _expire,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import requests
 
 from faults.checker import Seen
 from kit.faults import everywhere, inside, state
-from kit.lab import NODES, Lab
+from kit.lab import DATABASE, NODES, Lab
 from kit.run import KitError
 
 FIRST = next(iter(NODES))  # the node that is asked what any of them knows
@@ -65,8 +65,17 @@ def bricks_offline(lab: Lab, node: str) -> list[str]:
     return [one for one in NODES if one not in online]
 
 
+def spooled(lab: Lab) -> int:
+    """Return how many living files are in the spools and not yet on the volume; none in a lab without spools."""
+    if not lab.spool:
+        return 0
+    query = "select count(*) from tribrick_mediafile where spooled and state = 'stored'"
+    name = lab.site_variables()["tribrick_database_name"]
+    return int(inside(lab, DATABASE[0], f"su postgres -c 'psql -qtA -d {name}' <<'SQL'\n{query}\nSQL"))
+
+
 def clean(lab: Lab, under_way: int = 0) -> str | None:
-    """Return None when every node is ready, every brick online and nothing waits to be healed.
+    """Return None when every node is ready, every brick online and nothing waits to be healed or drained.
 
     While files are being written, Gluster counts those as waiting too: *under_way* says how many these may be.
     """
@@ -82,6 +91,8 @@ def clean(lab: Lab, under_way: int = 0) -> str | None:
             return f"brick offline: {', '.join(offline)}"
         if (waiting := unhealed(lab, FIRST)) > under_way:
             return f"{waiting} entries wait to be healed"
+        if (waiting := spooled(lab)) > 0:
+            return f"{waiting} files wait in the spools"
     except (KitError, requests.RequestException, subprocess.SubprocessError, ET.ParseError) as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
     return None

@@ -273,6 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = seeds(options.seed, options.seeds)
         if not lab.recall().get("subnet") or not containers(lab):
             raise KitError(f"There is no lab '{lab.name}'; make it: ./scripts/lab up --disks xfs")
+        if options.scenario == "outage" and not lab.spool:
+            name = "" if lab.name == "lab" else f" --name {lab.name}"
+            raise KitError(f"The lab '{lab.name}' has no spool, so every upload would be refused: ./scripts/lab up{name} --spool")
         with lab.alone():
             result = together([one_run(console, lab, seed, options) for seed in chosen])
     except (KitError, OSError) as error:

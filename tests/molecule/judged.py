@@ -1,14 +1,21 @@
-"""What the tests of the scenario `faults` share: which nodes and faults, what was acknowledged, the verdict."""
+"""What the tests of `faults` and `outage` share: load, which nodes and faults, what was acknowledged, the verdict."""
 
 from __future__ import annotations
 
 import os
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
 from faults import workload
 from faults.checker import RED, Report
 from faults.torture import Run, summary
-from helpers import LONG, NODES, chance, wait_until
+from helpers import LONG, NODES, SEED, Rig, chance, wait_until
 from kit.faults import inside
+from kit.lab import ROOT
+from kit.run import Console
 
 ONLY = os.environ.get("TRIBRICK_ONLY", "").split()
 CLIENTS = 8
@@ -22,6 +29,30 @@ FILES = 0 if LONG else 30
 # In the short set a file's faults hit one node, one right after the other, and only the verdict waits for the heal: the
 # two other nodes hold all that the one missed. In the long set the lab is clean again after each.
 CLEAN = LONG
+
+
+def word(path: object) -> str:
+    """Return ./scripts/test's name of a file: test_10_node_loss.py -> node_loss."""
+    return str(path).rsplit("/", 1)[-1].removesuffix(".py").split("_", 2)[2]
+
+
+def asked(items: Sequence[Any]) -> list[Any]:
+    """Return the tests of the files that ./scripts/test was asked for; all, if it asked for none of them."""
+    mine = {word(item.path) for item in items}.intersection(ONLY)
+    return [item for item in items if not mine or word(item.path) in mine]
+
+
+def under_load(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Run]:
+    """Keep load on all nodes for as long as a file's tests last. Its last test calls `verdict`."""
+    name = word(request.path)
+    place = ROOT / ".lab" / "test" / rig.lab.name / name
+    run = Run(rig.lab, Console(), f"{SEED}-{name}", place, CLIENTS, largest=LARGEST, pause=PAUSE, files=FILES)
+    run.nemesis.recover()
+    run.start()
+    yield run
+    run.load.finish()
+    if FILES and not request.session.testsfailed:  # what was found is to be looked at
+        run.load.tidy()
 
 
 def hold(long: float, short: float = 3.0) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import judged
 from kit import testing
 from kit.testing import Outcome, Run, changed_hosts, junit, recap, summary
 
@@ -151,11 +152,34 @@ def test_packages_that_are_missing_are_named(monkeypatch):
     assert testing.missing_packages() == ["one", "four"]
 
 
-def test_words_for_the_fault_tests():
-    words = testing.fault_files()
-    assert {"node_loss", "quorum_loss", "planted"} <= set(words)
+def test_words_for_files_of_a_scenario():
+    words = testing.files()
+    assert {"node_loss", "quorum_loss", "planted"} <= {word for word, name in words.items() if name == "faults"}
+    assert {word for word, name in words.items() if name == "outage"} == {"outage", "backup"}
+    assert not words.keys() & set(testing.scenarios()) - {"outage"}, "a word means one thing"
     parts, run, _ = testing.parse(["long", "node_loss", "partition"])
     assert list(parts) == ["faults"] and run.only == ("node_loss", "partition") and run.set == "long"
     assert run.env["TRIBRICK_ONLY"] == "node_loss partition"
     parts, run, _ = testing.parse(["faults"])
     assert list(parts) == ["faults"] and run.only == ()
+    parts, run, _ = testing.parse(["backup"])
+    assert list(parts) == ["outage"] and run.only == ("backup",)
+    parts, run, _ = testing.parse(["outage"])
+    assert list(parts) == ["outage"] and run.only == ("outage",)
+    parts, run, _ = testing.parse(["outage", "backup"])
+    assert list(parts) == ["outage"] and run.only == ("outage", "backup"), "both in one lab"
+
+
+class Item:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+def test_files_that_were_asked_for_are_kept(monkeypatch):
+    def kept(only: list[str], *paths: str) -> list[str]:
+        monkeypatch.setattr(judged, "ONLY", only)
+        return [str(item.path) for item in judged.asked([Item(path) for path in paths])]
+
+    assert kept([], "a/test_10_outage.py", "a/test_20_backup.py") == ["a/test_10_outage.py", "a/test_20_backup.py"]
+    assert kept(["backup"], "a/test_10_outage.py", "a/test_20_backup.py") == ["a/test_20_backup.py"]
+    assert kept(["backup"], "a/test_10_node_loss.py") == ["a/test_10_node_loss.py"], "asked for of another scenario"

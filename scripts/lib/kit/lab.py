@@ -42,6 +42,7 @@ SUBNETS = {
     "backends": "198.18.4.0/24",
     "storages": "198.18.5.0/24",
     "faults": "198.18.6.0/24",
+    "outage": "198.18.7.0/24",
 }
 FIRST_FREE_SUBNET = 16
 NODES = {"node1": 11, "node2": 12, "node3": 13}
@@ -49,6 +50,7 @@ SPARE = ("node4", 14)  # takes the place of a node that is lost for good
 DATABASE = ("db1", 21)
 OUTSIDER = ("outsider", 31)
 DISKS = ("volume", "xfs")
+SPOOL_ON_DISK = "/srv/gluster/media/spool"  # beside the brick, on the disk that can be cut
 SSH_USER = "operator"
 ACCOUNT = "lab"
 CREATE_WAIT, ROLLOUT_WAIT, WEB_WAIT = 600.0, 1800.0, 60.0
@@ -60,6 +62,7 @@ examples:
   ./scripts/lab up --debian 12 --name twelve
   ./scripts/lab up --image bare        the rollout installs every package itself
   ./scripts/lab up --disks xfs         each brick on a disk of its own, which can be cut, filled or wiped
+  ./scripts/lab up --spool             uploads go on while the volume is away
   ./scripts/lab up --no-site           containers and SSH only
   ./scripts/lab up --profile           also names the ten slowest tasks
   ./scripts/lab status [--json]
@@ -105,6 +108,15 @@ class Lab:
     def disks(self) -> dict[str, disks.Disk]:
         """The nodes' disks, in a lab that was made with `--disks xfs`."""
         return {node: disks.Disk(self.state / "disks", node) for node in {**NODES, **self.members}}
+
+    @property
+    def spool(self) -> str:
+        """The directory of the nodes' spools; empty in a lab without them."""
+        noted = self.recall()
+        if not noted.get("spool"):
+            return ""
+        on_disk = noted.get("disks") == "xfs"
+        return SPOOL_ON_DISK if on_disk else str(self.site_variables()["media_spool_path"])
 
     def container(self, host: str) -> str:
         """Return the name of a host's container."""
@@ -292,6 +304,7 @@ def prepare(
     kind: str | None,
     disk_kind: str | None = None,
     backend: str | None = None,
+    spool: bool | None = None,
 ) -> dict[str, Any]:
     """Settle the lab's place and base, make its images, disks and inventory."""
     noted = lab.recall()
@@ -311,6 +324,7 @@ def prepare(
     kind = kind or keep.get("kind", "ready")
     disk_kind = disk_kind or keep.get("disks", "volume")
     backend = backend or keep.get("backend", BACKENDS[0])
+    spool = keep.get("spool", False) if spool is None else spool
     with console.phase("images"):
         tag = images.ensure(console, release, kind)
     if not running.keys() & NODES.keys():
@@ -323,6 +337,7 @@ def prepare(
         release=release,
         kind=kind,
         backend=backend,
+        spool=spool,
         tag=tag,
         subnet=noted.get("subnet") or choose_subnet(lab.name, _docker_subnets()),
     )
@@ -330,6 +345,10 @@ def prepare(
         overrides: dict[str, Any] = {"preflight_min_brick_gib": 1.0}
     else:
         overrides = {"tribrick_allow_shared_filesystem": True}
+    if spool:
+        overrides["media_spool"] = True
+        if disk_kind == "xfs":  # no other disk of a node loses what was not synced when its power is cut
+            overrides["media_spool_path"] = SPOOL_ON_DISK
     spec = SiteSpec(
         name="lab" if lab.name == "lab" else f"lab-{lab.name}",
         nodes={host: lab.address(last) for host, last in lab.members.items()},
@@ -555,7 +574,7 @@ def command_up(console: Console, lab: Lab, options: argparse.Namespace) -> None:
     with console.phase("engine"):
         ensure_ssh(console)
         ensure_engine(console, ROOT / ".lab")
-    noted = prepare(console, lab, options.debian, options.image, options.disks, options.backend)
+    noted = prepare(console, lab, options.debian, options.image, options.disks, options.backend, options.spool)
     create(console, lab, noted, options.outsider)
     if options.no_site:
         console.say(f"without the site, as asked; {console.timings()}")
@@ -725,6 +744,11 @@ def parser() -> argparse.ArgumentParser:
         help="volume: bricks are Docker volumes on this machine's disk (default); xfs: each on a disk of its own",
     )
     disked.add_argument("--backend", choices=BACKENDS, help="where the media lie (default: volume)")
+    disked.add_argument(
+        "--spool",
+        action=argparse.BooleanOptionalAction,
+        help="keep uploads while the volume is away (docs/spool.md); without: as before, at first no",
+    )
     commands = main_.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up = commands.add_parser("up", parents=[named, base, disked], help="create or repair, roll out, prove")
     up.add_argument("--outsider", action="store_true", help="one more host that belongs to nothing")
@@ -784,7 +808,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
                 command_down(console, lab)
             else:
                 ensure_engine(console, ROOT / ".lab")
-                prepare(console, lab, options.debian, options.image, options.disks, options.backend)
+                prepare(console, lab, options.debian, options.image, options.disks, options.backend, options.spool)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

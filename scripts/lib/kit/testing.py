@@ -26,9 +26,9 @@ from kit.run import Console, KitError, capture, stream
 ROOT = Path(__file__).resolve().parents[3]
 LOGS = ROOT / ".lab" / "test"
 BIN = Path(sys.executable).parent
-FAULTS = "faults"  # the scenario whose test files can be chosen one by one
+CHOSEN = ("faults", "outage")  # the scenarios whose test files can be chosen one by one
 # Scenarios that have not yet been green from one end to the other; they run only when they are named.
-WHEN_NAMED = (FAULTS,)
+WHEN_NAMED = ("faults", "outage")
 LAB = "fresh"  # a lab of its own: somebody's lab `lab` is left alone
 UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0
@@ -54,6 +54,7 @@ examples:
   ./scripts/test long [NAME]     the long set: every node, every order
   ./scripts/test default         one part by its name
   ./scripts/test node_loss       one file of the fault tests
+  ./scripts/test outage          the volume away; ./scripts/test backup: everything lost; or both words
   ./scripts/test list
 
 TRIBRICK_SEED fixes what is otherwise chosen by the commit; it is printed.
@@ -92,7 +93,7 @@ class Run:
     seed: str
     keep: bool = False
     more: Mapping[str, str] = field(default_factory=dict)  # of the environment
-    only: tuple[str, ...] = ()  # test files of the scenario `faults`; none: all of them
+    only: tuple[str, ...] = ()  # test files of the scenarios in CHOSEN; none: all of them
 
     @property
     def env(self) -> dict[str, str]:
@@ -433,10 +434,13 @@ def quick_parts() -> dict[str, Part]:
     }
 
 
-def fault_files() -> list[str]:
-    """Return the words for the scenario `faults`' test files: test_10_node_loss.py -> node_loss."""
-    files = sorted((ROOT / "tests" / "molecule" / FAULTS).glob("test_*.py"))
-    return [file.stem.split("_", 2)[2] for file in files]
+def files() -> dict[str, str]:
+    """Return the words for the test files that can be chosen, with their scenarios: test_10_node_loss.py -> node_loss."""
+    return {
+        file.stem.split("_", 2)[2]: name
+        for name in CHOSEN
+        for file in sorted((ROOT / "tests" / "molecule" / name).glob("test_*.py"))
+    }
 
 
 def all_parts() -> dict[str, Part]:
@@ -503,8 +507,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Part], Run, bool]:
     words = list(options.words)
     kind = "long" if words[:1] == ["long"] else "short"
     words = words[1:] if kind == "long" else words
-    only = tuple(word for word in words if word in fault_files())
-    words = list(dict.fromkeys(FAULTS if word in only else word for word in words))
+    there = files()
+    only = tuple(word for word in words if word in there)
+    words = list(dict.fromkeys(there.get(word, word) for word in words))
     run = Run(set=kind, seed=seed_of_commit(), keep=options.keep, only=only)
     if words == ["list"]:
         return parts, run, True
@@ -512,8 +517,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Part], Run, bool]:
         return quick_parts(), run, False
     unknown = [word for word in words if word not in parts]
     if unknown:
-        there = ", ".join([*parts, *fault_files()])
-        parser.error(f"no part is named {', '.join(unknown)}; there are: quick, {there}")
+        names = ", ".join(dict.fromkeys([*parts, *there]))
+        parser.error(f"no part is named {', '.join(unknown)}; there are: quick, {names}")
     words = words or [name for name in parts if name not in WHEN_NAMED]
     return {name: parts[name] for name in words}, run, False
 

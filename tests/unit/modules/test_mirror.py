@@ -99,6 +99,18 @@ def test_no_mirror_at_all_names_each_host() -> None:
         filters.choose_mirror(answers, "2020-01-01")
 
 
+def test_the_ledger_that_knows_most_gives_back() -> None:
+    def said(number: int, code: int = 0) -> dict[str, Any]:
+        return {"rc": code, "stdout": json.dumps({"number": number, "chain": "x", "behind": 0})}
+
+    answers = {
+        "node1": said(3), "node2": said(7), "node3": said(7), "node4": said(9, code=1), "node5": {"unreachable": True},
+        "node6": {"rc": 0, "stdout": "nonsense"}, "node7": {},
+    }  # fmt: skip
+    assert filters.furthest_ledger(answers) == {"host": "node2", "number": 7}
+    assert filters.furthest_ledger({"node1": said(0), "node2": {}}) == {"host": "", "number": 0}
+
+
 def test_what_a_restore_did_is_said_line_by_line() -> None:
     said = {
         "tree": "/m/s", "applied": True, "right": 3, "restored": ["a", "b"], "adopted": [], "dead": [],

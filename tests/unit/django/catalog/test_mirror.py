@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from django.conf import settings
 from django.core.files.base import ContentFile
-from django.db import transaction
+from django.db import connection, transaction
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -479,6 +479,54 @@ def test_database_away(config: Config, database_away: Any) -> None:
     assert current(config) == {row.name: b"one"}, "the mirror does not need it"
     assert Mirror(config).snapshots() == []
     assert run(config).good
+
+
+def told(capsys: pytest.CaptureFixture[str], config: Config, *words: str) -> tuple[int, str]:
+    """Run the program; return its exit code and what it said."""
+    connection.close()
+    code = mirror.main(["--config", write(config), "restore-database", *words])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_the_database_comes_back_from_a_snapshot(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    old = add(b"old")
+    first = run(config)
+    new = add(b"new")
+    code, said = told(capsys, config)
+    assert (code, said) == (0, f"{first.snapshot}, number {first.number}: to restore\n")
+    assert MediaFile.objects.filter(name=new.name).exists(), "it was only said"
+    code, said = told(capsys, config, "--apply", "--json", "--date", first.snapshot)
+    assert code == 0 and json.loads(said) == {"applied": True, "snapshot": first.snapshot, "number": first.number}
+    assert list(MediaFile.objects.values_list("name", flat=True)) == [old.name]
+
+
+def test_a_dump_that_was_changed_is_not_restored(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    add(b"old")
+    run(config)
+    row, dump = add(b"new"), only_snapshot(config) / "database.dump"
+    dump.chmod(0o640)
+    dump.write_bytes(dump.read_bytes()[:-1] + b"x")
+    code, said = told(capsys, config, "--apply")
+    assert code == 1 and "not as it was written" in said
+    assert MediaFile.objects.filter(name=row.name).exists()
+
+
+def test_a_restore_that_fails_leaves_the_database_as_it_was(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(b"old")
+    run(config)
+    row = add(b"new")
+    with connection.cursor() as cursor:  # something that the dump does not know stands in the way of its DROP
+        cursor.execute("CREATE VIEW in_the_way AS SELECT name FROM tribrick_mediafile")
+    try:
+        code, said = told(capsys, config, "--apply")
+        assert code == 1 and "the database is as it was" in said and "in_the_way" in said
+        assert MediaFile.objects.filter(name=row.name).exists()
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("DROP VIEW in_the_way")
 
 
 def test_the_ledger_lags(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

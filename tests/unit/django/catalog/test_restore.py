@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,13 +171,10 @@ def test_deleted_files_come_back_under_new_names(config: Config, user: Any) -> N
     assert MediaFile.objects.get(pk=row.pk).state == "purged", "a name is never alive again"
 
 
-def dump_restored(place: str) -> None:
-    """Bring the database back to a snapshot's dump, as docs/mirror.md says."""
-    url, environment = mirror.libpq(os.environ["DATABASE_URL"])
+def dump_restored(config: Config, place: str) -> None:
+    """Bring the database back to a snapshot's dump, as playbooks/restore_database.yml does."""
     connection.close()
-    options = ["--clean", "--if-exists", "--no-owner", "--exit-on-error", f"--dbname={url}"]
-    command = ["pg_restore", *options, f"{place}/database.dump"]
-    subprocess.run(command, env=os.environ | environment, check=True, timeout=120, capture_output=True)
+    mirror.restore_database(config, Path(place))
 
 
 def test_files_newer_than_the_database_are_adopted(config: Config, user: Any) -> None:
@@ -188,7 +184,7 @@ def test_files_newer_than_the_database_are_adopted(config: Config, user: Any) ->
     created = MediaFile.objects.get(pk=new.pk).created
     catalog.delete(deleted)
     second = snapshot(config)
-    dump_restored(first)
+    dump_restored(config, first)
     lose_volume()
     code, said = restore(second, "--apply")
     assert code == 1 and said["restored"] == [old.name] and said["adopted"] == [new.name]
@@ -233,7 +229,7 @@ def test_a_disaster_of_all_nodes(config: Config, user: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     Path(config.ledger).unlink()
-    dump_restored(place)
+    dump_restored(config, place)
     code, said = restore(place, "--apply")
     assert (code, said["adopted"]) == (0, ["foreign.txt"]) and tree() == before
     assert list(MediaFile.objects.exclude(name="foreign.txt").order_by("pk").values()) == listed
