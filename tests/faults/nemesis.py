@@ -29,8 +29,13 @@ SCENARIOS: dict[str, dict[str, int]] = {
     "outage": {"bricks-killed": 2, "mounts-hung": 3},
     "database_loss": {"database-stop": 0, "database-cut": 0, "database-restart": 0, "database-full": 0},
 }  # fmt: skip
-ALIASES = {"two-killed": "kill", "disks-full": "disk-full", "all-power-cut": "power-cut",
-           "bricks-killed": "brick-kill", "mounts-hung": "mount-hang"}
+ALIASES = {
+    "two-killed": "kill",
+    "disks-full": "disk-full",
+    "all-power-cut": "power-cut",
+    "bricks-killed": "brick-kill",
+    "mounts-hung": "mount-hang",
+}
 NOTHING = "none"
 CLEAN_WAIT = 600.0
 PATIENCE = 20.0  # how long a brick may stay away after a fault before recover_heal is run

@@ -275,7 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise KitError(f"There is no lab '{lab.name}'; make it: ./scripts/lab up --disks xfs")
         if options.scenario == "outage" and not lab.spool:
             name = "" if lab.name == "lab" else f" --name {lab.name}"
-            raise KitError(f"The lab '{lab.name}' has no spool, so every upload would be refused: ./scripts/lab up{name} --spool")
+            raise KitError(
+                f"The lab '{lab.name}' has no spool, so every upload would be refused; give it one:"
+                f" ./scripts/lab up{name} --spool"
+            )
         with lab.alone():
             result = together([one_run(console, lab, seed, options) for seed in chosen])
     except (KitError, OSError) as error:

@@ -435,7 +435,7 @@ def quick_parts() -> dict[str, Part]:
 
 
 def files() -> dict[str, str]:
-    """Return the words for the test files that can be chosen, with their scenarios: test_10_node_loss.py -> node_loss."""
+    """Return the words for test files that can be chosen, with their scenarios: test_10_node_loss.py -> node_loss."""
     return {
         file.stem.split("_", 2)[2]: name
         for name in CHOSEN

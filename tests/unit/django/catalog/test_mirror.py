@@ -512,9 +512,7 @@ def test_a_dump_that_was_changed_is_not_restored(config: Config, capsys: pytest.
     assert MediaFile.objects.filter(name=row.name).exists()
 
 
-def test_a_restore_that_fails_leaves_the_database_as_it_was(
-    config: Config, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_restore_that_fails_leaves_the_database_as_it_was(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     add(b"old")
     run(config)
     row = add(b"new")
