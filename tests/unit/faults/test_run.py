@@ -126,6 +126,15 @@ def test_a_run_without_a_violation(lab: Any, capsys: pytest.CaptureFixture[str])
     assert not any(lab.mount.iterdir()), "its directory on the mount is removed"
 
 
+def test_an_outage_needs_spools(lab: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.spool = ""
+    words = ["--scenario", "outage", *WORDS[2:]]
+    assert torture.main(words) == 2
+    assert "The lab 'unit' has no spool" in capsys.readouterr().err
+    lab.spool = "/srv/spool"
+    assert torture.main(words) == 0
+
+
 def test_two_seeds(lab: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert torture.main([*WORDS, "--seeds", "2", "--files", "4"]) == 0
     told = capsys.readouterr().out.splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kit import disks, faults, lab
 from kit.run import Console, KitError
@@ -109,3 +110,27 @@ def test_a_mounted_disk_is_never_deleted(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KitError, match="not formatted"):
         disks.Disk(place, "node1").format()
     assert (place / "node1" / "file").exists()
+
+
+@pytest.mark.parametrize(
+    ("disk_kind", "words", "path"),
+    [
+        ("volume", None, ""),
+        ("volume", True, "/srv/media-spool"),
+        ("xfs", True, "/srv/gluster/media/spool"),
+        ("xfs", False, ""),
+    ],
+)
+def test_spools_of_a_lab(
+    here: lab.Lab, monkeypatch: pytest.MonkeyPatch, disk_kind: str, words: bool | None, path: str
+) -> None:
+    monkeypatch.setattr(lab, "containers", lambda lab_: {})
+    monkeypatch.setattr(lab, "ready_disks", lambda console, lab_: None)
+    monkeypatch.setattr(lab, "forget_disks", lambda console, lab_: None)
+    monkeypatch.setattr(lab, "_docker_subnets", lambda: [])
+    monkeypatch.setattr(lab.images, "ensure", lambda console, release, kind: "tag")
+    lab.prepare(lab.Console(), here, None, None, disk_kind, None, words)
+    values = yaml.safe_load((here.inventory / "group_vars/all/tribrick_overrides.yml").read_text(encoding="utf-8"))
+    assert here.spool == path
+    assert values.get("media_spool", False) is bool(path)
+    assert values.get("media_spool_path", "/srv/media-spool") == (path or "/srv/media-spool")
