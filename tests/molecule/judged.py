@@ -23,6 +23,8 @@ LARGEST = 8 * 1024 * 1024 if LONG else 1024 * 1024 + 1
 PAUSE = workload.PAUSE if LONG else 0.5
 # Files that a client keeps. Healing a disk takes time by the file, and the short set fills several.
 FILES = 0 if LONG else 30
+# Programs that rename on the mounts are the business of this scenario; the spool has none of their files.
+RENAMES = "/faults/"
 
 
 # In the short set a file's faults hit one node, one right after the other, and only the verdict waits for the heal: the
@@ -45,7 +47,10 @@ def under_load(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Run]:
     """Keep load on all nodes for as long as a file's tests last. Its last test calls `verdict`."""
     name = word(request.path)
     place = ROOT / ".lab" / "test" / rig.lab.name / name
-    run = Run(rig.lab, Console(), f"{SEED}-{name}", place, CLIENTS, largest=LARGEST, pause=PAUSE, files=FILES)
+    run = Run(
+        rig.lab, Console(), f"{SEED}-{name}", place, CLIENTS, largest=LARGEST, pause=PAUSE, files=FILES,
+        renames=RENAMES in str(request.path),
+    )  # fmt: skip
     run.nemesis.recover()
     run.start()
     yield run

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
@@ -121,7 +122,8 @@ def test_two_bricks_die_and_a_node_with_spooled_files_loses_its_power(run, rig, 
             assert all(len(found) >= 2 for found in holders.values()), holders
             gone = keep(run, rig, f"gone-{cut}", 5000, cut)
             delete(run, rig, gone, alive[0])
-            assert [status(rig, node, gone) for node in NODES] == [404] * 3
+            # "Not found" is said only when the volume is there, too.
+            assert all(status(rig, node, gone) in (404, 503) for node in NODES)
             mine = {name for name, found in holders.items() if cut in found}
             assert mine, "the node has nothing in its spool that could be lost"
             power.enter_context(run.nemesis.under("power-cut", [cut], clean=False))
@@ -171,34 +173,36 @@ def same_size(rig, place: str, node: str, size: int) -> list[str]:
     return rig.root(node, script).split()
 
 
-HANGS = ("mounts-hung", "brick-freeze") if LONG else ("mounts-hung",)
+@pytest.mark.parametrize("node", nodes("late write"))
+def test_a_late_write_races_the_drain(run, rig, node):
+    """Its mount hangs, so it spools after its deadline; then the write ends late while all three nodes drain.
 
-
-@pytest.mark.parametrize("fault", HANGS)
-def test_a_late_write_races_the_drain(run, rig, fault):
-    """Each node writes a file, waits for its deadline, spools it; then the write ends late while three nodes drain."""
+    Of one node: where a mount hangs, its nginx does too, and with it the receiver that a peer needs.
+    """
     joined(run)
-    hit = list(NODES) if fault == "mounts-hung" else chance(fault).sample(NODES, 2)
-    wanted = {node: (f"late-{fault}-{node}", 300_001 + 2 * number) for number, node in enumerate(NODES)}
-    with run.nemesis.under(fault, hit, clean=False):
-        answers = rig.everywhere(lambda node: past_nginx(run, rig, node, *wanted[node]))
-        names = {node: name for node, (name, _) in answers.items()}
-        hung = {node: waiting(rig, node) for node in NODES}
-        assert max(seconds for _, seconds in answers.values()) > 0.9 * DEADLINE, "nobody had waited for the volume"
-        assert any(hung.values()), "no write is left that could end late"
-    run.console.say(f"  {sum(hung.values())} calls of the sites ended late")
+    wanted = {f"late-{node}-{number}": 300_001 + 2 * number for number in range(3)}
+    before = {size: set(same_size(rig, rig.mount, node, size)) for size in wanted.values()}
+    with run.nemesis.under("mount-hang", [node], clean=False):
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            answers = list(pool.map(lambda label: past_nginx(run, rig, node, label, wanted[label]), wanted))
+        hung = waiting(rig, node)
+        assert max(seconds for _, seconds in answers) > 0.9 * DEADLINE, f"nobody had waited for the volume: {answers}"
+        assert hung, "no write is left that could end late"
+    run.console.say(f"  {hung} calls of the site ended late")
     goes_on(run)
     drained(rig)
-    for node in NODES:
-        size = wanted[node][1]
+    names = [name for name, _ in answers]
+    for name, size in zip(names, wanted.values(), strict=True):
         for place in (rig.mount, rig.brick):
             for at in NODES:
                 wait_until(
-                    f"one file of {size} bytes below {place} of {at}",
-                    lambda place=place, at=at, size=size, node=node: same_size(rig, place, at, size) == [names[node]],
+                    f"one new file of {size} bytes below {place} of {at}",
+                    lambda place=place, at=at, size=size, name=name: (
+                        {*same_size(rig, place, at, size)} - before[size] == {name}
+                    ),
                     DRAINED,
                 )  # fmt: skip
-    served(run, rig, {names[node]: wanted[node] for node in NODES}, NODES)
+    served(run, rig, dict(zip(names, wanted.items(), strict=True)), NODES)
 
 
 def test_the_database_is_away_while_uploads_are_spooled(run, rig):
@@ -226,15 +230,15 @@ def test_the_database_is_away_while_uploads_are_spooled(run, rig):
 @pytest.mark.parametrize("alone", NODES if LONG else (chance("alone").choice(NODES),))
 def test_two_nodes_are_down(run, rig, alone):
     """One disk is no promise: each upload is refused, and of none a row or a copy is left."""
-    changes = "select coalesce(max(number), 0) from tribrick_change"
+    added = "select count(*) from tribrick_change where kind = 'added'"  # deletes need no volume, and go on
     joined(run)
     with run.nemesis.under("two-killed", list(others(alone)), clean=CLEAN):
         wait_until(f"{alone} to refuse", lambda: refused(rig, alone), 60)
-        late, number, before = run.history.now(), sql(rig, changes), spooled(rig, alone)
+        late, number, before = run.history.now(), sql(rig, added), spooled(rig, alone)
         assert refused(rig, alone)
         run.nemesis.hold(hold(8.0))
         assert acknowledged(run, late, "upload", (alone,)) == 0
-        assert sql(rig, changes) == number, "a refused upload has left a row"
+        assert sql(rig, added) == number, "a refused upload has left a row"
         wait_until("refused uploads to be taken back", lambda: spooled(rig, alone) <= before, 60)
     start = time.monotonic()
     goes_on(run)
@@ -242,5 +246,5 @@ def test_two_nodes_are_down(run, rig, alone):
 
 
 def test_verdict(run):
-    assert {"brick-kill", "power-cut", "mounts-hung", "database-stop", "two-killed"} <= set(run.nemesis.done)
+    assert {"brick-kill", "power-cut", "mount-hang", "database-stop", "two-killed"} <= set(run.nemesis.done)
     verdict(run)

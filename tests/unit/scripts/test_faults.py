@@ -127,7 +127,7 @@ def test_spools_of_a_lab(
     monkeypatch.setattr(lab, "containers", lambda lab_: {})
     monkeypatch.setattr(lab, "ready_disks", lambda console, lab_: None)
     monkeypatch.setattr(lab, "forget_disks", lambda console, lab_: None)
-    monkeypatch.setattr(lab, "_docker_subnets", lambda: [])
+    monkeypatch.setattr(lab, "_docker_subnets", list)
     monkeypatch.setattr(lab.images, "ensure", lambda console, release, kind: "tag")
     lab.prepare(lab.Console(), here, None, None, disk_kind, None, words)
     values = yaml.safe_load((here.inventory / "group_vars/all/tribrick_overrides.yml").read_text(encoding="utf-8"))
