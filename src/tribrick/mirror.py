@@ -66,6 +66,8 @@ STAMP: Final = "%Y-%m-%dT%H-%M-%SZ"
 BATCH: Final = 1000
 BATCH_BYTES: Final = 1 << 30
 SHOWN: Final = 100
+# For so long the ledger is waited for before a file is called missing: it hears of a delete two seconds late.
+LAG = 10.0
 # A file that nobody knows may be an upload whose row is not committed yet.
 YOUNG: Final = 3600.0
 MARKER: Final = "marker.json"
@@ -559,13 +561,18 @@ class Mirror:
             return {}
         self._make_room(sum(known.size for known in needed))
         why = self._fetch([known.name for known in needed])
-        arrived, problems = hasher.Tree(self.incoming), {}
+        arrived, problems, late = hasher.Tree(self.incoming), {}, []
         for known in needed:
             seen = arrived.hash(known.name)
             if (seen.get("sha256"), seen.get("size")) == (known.sha256, known.size):
                 self._put(known.name)
                 self.report.copied += 1
-            elif (now := ledger.get(known.name)) is not None and now.state != "stored":
+            else:
+                late.append((known, seen))
+        if any((now := ledger.get(known.name)) is None or now.state == "stored" for known, _ in late):
+            self._await_pass(ledger)
+        for known, seen in late:
+            if (now := ledger.get(known.name)) is not None and now.state != "stored":
                 continue  # deleted while we copied
             elif seen.get("error") == "missing":
                 problems[known.name] = f"missing on the volume: {known.name}{f' ({why})' if why else ''}"
@@ -574,6 +581,12 @@ class Mirror:
         if problems:
             self._look_at_source()  # gone meanwhile? Then nothing is said of the files
         return problems
+
+    def _await_pass(self, ledger: Ledger) -> None:
+        """Wait until the ledger has asked the database after now; not for long, since that may be away."""
+        asked, until = time.time() + 1.0, time.monotonic() + LAG  # a pass that is under way began before
+        while ledger.path.stat().st_mtime < asked and time.monotonic() < until:
+            time.sleep(0.2)  # ask again, until the deadline above
 
     def _fetch(self, listed: Sequence[str]) -> str:
         """Have rsync bring files to ``.incoming/``; return why not all came, if it said."""

@@ -74,6 +74,7 @@ def stored() -> dict[str, bytes]:
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The program within this process: it must not change how later tests are scheduled and ended."""
     monkeypatch.setattr(mirror, "step_back", lambda config: None)
+    monkeypatch.setattr(mirror, "LAG", 0.0)  # nobody follows the catalog here
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -442,6 +443,27 @@ def test_a_file_deleted_while_it_is_copied_is_no_problem(
     assert report.problems == [] and current(config) == {other.name: b"stays"}
 
 
+def test_a_delete_of_which_the_ledger_hears_late_is_no_problem(
+    config: Config, instead: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, other, lost = add(b"deleted"), add(b"stays"), add(b"lost")
+    ledger.follow_once(config.ledger)
+    catalog.delete(MediaFile.objects.get(pk=row.pk))
+    (root() / lost.name).unlink()
+    monkeypatch.setattr(mirror, "LAG", 30.0)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        ledger.follow_once(config.ledger)
+        os.utime(config.ledger, (time.time() + 5, time.time() + 5))
+
+    monkeypatch.setattr(mirror.time, "sleep", sleep)
+    report = Mirror(config).run(snapshot=False)
+    assert waits and report.problems == [f"missing on the volume: {lost.name}"], "the other one was deleted"
+    assert current(config) == {other.name: b"stays"}
+
+
 def test_deleted_after_the_dump_and_before_the_copy(config: Config) -> None:
     """The dump has a row whose bytes are gone: the marker says so, and it is no problem."""
     early = add(b"deleted right before the dump")
@@ -489,6 +511,12 @@ def told(capsys: pytest.CaptureFixture[str], config: Config, *words: str) -> tup
     return code, said.out + said.err
 
 
+def constraints() -> set[str]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT conname FROM pg_constraint WHERE connamespace = 'public'::regnamespace")
+        return {name for (name,) in cursor.fetchall()}
+
+
 def test_the_database_comes_back_from_a_snapshot(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     old = add(b"old")
     first = run(config)
@@ -518,8 +546,10 @@ def test_a_restore_that_fails_leaves_the_database_as_it_was(config: Config, caps
     row = add(b"new")
     with connection.cursor() as cursor:  # something that the dump does not know stands in the way of its DROP
         cursor.execute("CREATE VIEW in_the_way AS SELECT name FROM tribrick_mediafile")
+    before = constraints()
     try:
         code, said = told(capsys, config, "--apply")
+        assert constraints() == before, "what was dropped before the failure is back"
         assert code == 1 and "the database is as it was" in said and "in_the_way" in said
         assert MediaFile.objects.filter(name=row.name).exists()
     finally:
