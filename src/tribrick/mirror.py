@@ -574,7 +574,7 @@ class Mirror:
         for known, seen in late:
             if (now := ledger.get(known.name)) is not None and now.state != "stored":
                 continue  # deleted while we copied
-            elif seen.get("error") == "missing":
+            if seen.get("error") == "missing":
                 problems[known.name] = f"missing on the volume: {known.name}{f' ({why})' if why else ''}"
             else:
                 problems[known.name] = f"the volume has other bytes than the ledger: {known.name}"
