@@ -43,41 +43,34 @@ STOCK: Final = {
     "server.keepalive-count": "",
 }
 # Runs on a healthy node; one line of JSON when its time is over and its last call is back.
-WRITER: Final = """
+LOAD: Final = """
 import json, os, sys, time
-place, end = sys.argv[1], time.monotonic() + float(sys.argv[2])
+what, place, end = sys.argv[1], sys.argv[2], time.monotonic() + float(sys.argv[3])
 done = errors = 0
 longest, data = 0.0, os.urandom(51200)
+
+def write():
+    name = f"{place}/{done % 50}-{done}"
+    handle = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    os.write(handle, data)
+    os.fsync(handle)
+    os.close(handle)
+    os.unlink(name)
+
+def read():
+    with open(f"{place}/{done % 100}", "rb") as file:
+        if len(file.read()) != 51200:
+            raise OSError
+
 while time.monotonic() < end:
     start = time.monotonic()
     try:
-        handle = os.open(f"{place}/{done % 50}-{done}", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        os.write(handle, data)
-        os.fsync(handle)
-        os.close(handle)
-        os.unlink(f"{place}/{done % 50}-{done}")
+        write() if what == "write" else read()
     except OSError:
         errors += 1
     longest = max(longest, time.monotonic() - start)
     done += 1
-    time.sleep(0.02)
-print(json.dumps({"longest": longest, "errors": errors, "done": done}))
-"""
-READER: Final = """
-import json, sys, time
-place, end = sys.argv[1], time.monotonic() + float(sys.argv[2])
-done = errors = 0
-longest = 0.0
-while time.monotonic() < end:
-    start = time.monotonic()
-    try:
-        with open(f"{place}/{done % 100}", "rb") as file:
-            errors += len(file.read()) != 51200
-    except OSError:
-        errors += 1
-    longest = max(longest, time.monotonic() - start)
-    done += 1
-    time.sleep(0.02)
+    time.sleep(0.02)  # a pause, as a visitor makes one
 print(json.dumps({"longest": longest, "errors": errors, "done": done}))
 """
 FILES: Final = """
@@ -158,9 +151,8 @@ def one(lab: Lab, volume: Volume, name: str, hold: float) -> dict[str, dict[str,
         with ThreadPoolExecutor(3 * len(healthy)) as pool:
             tasks: dict[str, list[Any]] = {what: [] for what in WHATS}
             for node in healthy:
-                words = {"write": (WRITER, f"{place}/{node}"), "read": (READER, f"{place}/read")}
-                for what, (program, where) in words.items():
-                    script = f"python3 -c '{program}' {where} {seconds}"
+                for what, where in (("write", f"{place}/{node}"), ("read", f"{place}/read")):
+                    script = f"python3 -c '{LOAD}' {what} {where} {seconds}"
                     tasks[what].append(pool.submit(inside, lab, node, script, deadline=seconds + 240))
                 tasks["cached"].append(pool.submit(visitor, f"{lab.url(node)}/media/{directory}/read/0", stop))
             try:

@@ -16,7 +16,7 @@ from typing import Final
 
 from kit import faults
 from kit.bench import Figures, Say
-from kit.benchlib import Ratio, Series, median_ratio, picture_of_ratios
+from kit.benchlib import Ratio, Series, median_ratio, picture_of_ratios, positive
 from kit.benchvolume import Volume
 from kit.faults import inside
 from kit.lab import Lab
@@ -52,18 +52,11 @@ find . -type f | wc -l
 """
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the part's options."""
-    parser.add_argument("--files", type=_positive, default=FILES, metavar="N", help=f"files a heal (default: {FILES})")
-    parser.add_argument("--size", type=_positive, default=SIZE, metavar="BYTES", help=f"of a file (default: {SIZE})")
-    parser.add_argument("--blocks", type=_positive, default=BLOCKS, metavar="N", help=f"turns (default: {BLOCKS})")
+    parser.add_argument("--files", type=positive, default=FILES, metavar="N", help=f"files a heal (default: {FILES})")
+    parser.add_argument("--size", type=positive, default=SIZE, metavar="BYTES", help=f"of a file (default: {SIZE})")
+    parser.add_argument("--blocks", type=positive, default=BLOCKS, metavar="N", help=f"turns (default: {BLOCKS})")
     parser.add_argument("--no-stock", action="store_true", help="only this kit's options")
 
 

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Final
 
 from kit.bench import Figures, Say
-from kit.benchlib import Ratio, Series, median_ratio, picture_of_ratios
+from kit.benchlib import Ratio, Series, median_ratio, picture_of_ratios, positive
 from kit.engine import apt_install
 from kit.faults import inside
 from kit.lab import Lab
@@ -80,16 +80,9 @@ request = function() return wrk.format("GET", "BASE/" .. math.random(0, COUNT - 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the part's options."""
     parser.add_argument("--size", action="append", choices=list(SIZES), help="only this size; may be repeated")
-    parser.add_argument("--blocks", type=_positive, default=BLOCKS, metavar="N", help=f"turns (default: {BLOCKS})")
-    parser.add_argument("--connections", type=_positive, action="append", metavar="N", help="at a time (default: 16)")
+    parser.add_argument("--blocks", type=positive, default=BLOCKS, metavar="N", help=f"turns (default: {BLOCKS})")
+    parser.add_argument("--connections", type=positive, action="append", metavar="N", help="at a time (default: 16)")
     parser.add_argument("--no-cold", action="store_true", help="leave the cold passes out")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 class Servers:

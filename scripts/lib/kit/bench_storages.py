@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.bench import Figures, Say
-from kit.benchlib import Blocks, Ratio, Remote, Series, median_ratio, p99_ratio, picture_of_ratios, quantile
+from kit.benchlib import Blocks, Ratio, Remote, Series, median_ratio, p99_ratio, picture_of_ratios, positive, quantile
 from kit.lab import Lab
 from kit.run import KitError, capture
 
@@ -42,17 +42,10 @@ OPTIONS = ("diagnostics.count-fop-hits", "diagnostics.latency-measurement")
 PROGRAM = Path(__file__).with_name("benchnode_storages.py")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the part's options."""
     parser.add_argument("--size", action="append", choices=list(SIZES), help="only this size; may be repeated")
-    parser.add_argument("--blocks", type=_positive, default=BLOCKS, metavar="N", help=f"blocks (default: {BLOCKS})")
+    parser.add_argument("--blocks", type=positive, default=BLOCKS, metavar="N", help=f"blocks (default: {BLOCKS})")
     parser.add_argument("--no-hosts", action="store_true", help="leave HybridStorage out")
 
 

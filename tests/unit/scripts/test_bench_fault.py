@@ -26,8 +26,8 @@ def test_the_programs(tmp_path: Path) -> None:
     place = tmp_path / "bench"
     program(bench_fault.FILES, str(place), "node1", "node2")
     assert len(list((place / "read").iterdir())) == 100
-    written = program(bench_fault.WRITER, str(place / "node1"), "0.5")
-    read = program(bench_fault.READER, str(place / "read"), "0.5")
+    written = program(bench_fault.LOAD, "write", str(place / "node1"), "0.5")
+    read = program(bench_fault.LOAD, "read", str(place / "read"), "0.5")
     for found in (written, read):
         assert found["errors"] == 0 and found["done"] > 3 and 0 < found["longest"] < 10
     assert not list((place / "node1").iterdir()), "what was written is removed"
@@ -35,13 +35,13 @@ def test_the_programs(tmp_path: Path) -> None:
 
 def test_errors_are_counted(tmp_path: Path) -> None:
     (tmp_path / "0").write_bytes(b"short")
-    for text in (bench_fault.READER, bench_fault.WRITER):
-        found = program(text, str(tmp_path / "away" if text is bench_fault.WRITER else tmp_path), "0.3")
+    for what, place in (("read", tmp_path), ("write", tmp_path / "away")):
+        found = program(bench_fault.LOAD, what, str(place), "0.3")
         assert found["errors"] == found["done"] > 0
 
 
 def test_no_quote_breaks_the_shell() -> None:
-    for text in (bench_fault.FILES, bench_fault.READER, bench_fault.WRITER):
+    for text in (bench_fault.FILES, bench_fault.LOAD):
         assert "'" not in text
 
 
