@@ -252,7 +252,7 @@ class Purger:
             self._done = None
         self._drop(news.names)
         self._seen, now = news.place, time.monotonic()
-        again = (now + min(SOON, self.times.fill), now + self.times.fill) if news.names else (now,)
+        again = sorted({now + min(SOON, self.times.fill), now + self.times.fill}) if news.names else [now]
         for at in again:
             due = Due(at, news.place.number, news.place.chain, news.names, at == again[-1])
             heapq.heappush(self._due, due)

@@ -20,7 +20,8 @@ WANTED = """\
     'mount': django_site_media_mount_unit, 'umask': django_site_umask, 'server': media_receiver_server,
     'brick': media_receiver_brick, 'writers': media_receiver_writers, 'client': media_receiver_client,
     'edge': media_web_edge, 'edge_peers': media_edge_peers, 'edge_spools': media_edge_spools,
-    'standby': media_receiver_standby, 'max_age': media_web_browser_max_age, 'root': media_receiver_root, 'limit': media_receiver_limit_mib,
+    'standby': media_receiver_standby, 'max_age': media_web_browser_max_age,
+    'root': media_receiver_root, 'limit': media_receiver_limit_mib,
     'services': django_site_services | map(attribute='name') | list} | to_json }}"""
 
 
