@@ -50,7 +50,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -67,6 +67,7 @@ SOON: Final = 3.0
 _KINDS: Final = frozenset({"deleted", "purged"})
 _TEMPORARY: Final = re.compile(r"\.[0-9]+")
 _HEAD: Final = 8192
+_KEY: Final = re.compile(rb"\nKEY: (.*)bytes=[0-9]+-[0-9]+\n")
 _PAGE: Final = 1000
 
 
@@ -126,19 +127,20 @@ class Cache:
                 finally:
                     os.close(descriptor)
 
-    def drop_by_walk(self, path: str) -> int:
-        """Remove all pieces of a file of which the size is not known, by reading the key in every file."""
-        wanted, gone = re.escape(path.encode("utf-8", "surrogateescape")) + rb"bytes=[0-9]+-[0-9]+", 0
+    def drop_by_walk(self, paths: Iterable[str]) -> dict[str, int]:
+        """Remove all pieces of files of which the size is not known, by reading the key in every file."""
+        plain = {path.encode("utf-8", "surrogateescape"): path for path in paths}
+        gone = dict.fromkeys(plain.values(), 0)
         for directory, _below, names in os.walk(self.root):
             for name in names:
                 file = Path(directory, name)
                 with contextlib.suppress(FileNotFoundError):
                     with file.open("rb") as stream:
-                        head = stream.read(_HEAD)
-                    if re.search(rb"\nKEY: " + wanted + rb"\n", head):
+                        found = _KEY.search(stream.read(_HEAD))
+                    if found and found[1] in plain:
                         file.unlink()
                         self._touched.add(file.parent)
-                        gone += 1
+                        gone[plain[found[1]]] += 1
         self.settle()
         return gone
 
@@ -420,9 +422,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "status":
             return _status(os.environ)
         if options.command == "purge":
-            cache = Cache(_path(os.environ, "CACHE"))
-            for name in options.names:
-                print(f"{name}: {cache.drop_by_walk(PREFIX + name)} removed")
+            gone = Cache(_path(os.environ, "CACHE")).drop_by_walk(PREFIX + name for name in options.names)
+            for path, number in gone.items():
+                print(f"{path.removeprefix(PREFIX)}: {number} removed")
             return 0
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

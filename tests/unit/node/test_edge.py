@@ -131,6 +131,7 @@ class Node:
             "media_edge_peers_ca": str(self.tls / "ca.crt"),
             "media_edge_peers_certificate": str(self.tls / "node.crt"),
             "media_edge_peers_key": str(self.tls / "node.key"),
+            "__media_edge_gate": str(self.run / "open"),
             "__media_edge_sockets": str(self.work / "sock"),
             "__media_edge_origin": str(self.work / "origin"),
         }
@@ -150,6 +151,7 @@ class Node:
             "media_receiver_port": self.peer,
             "media_receiver_readers": ["node1", "node2"],
             "media_receiver_standby": str(self.work / "standby.sock"),
+            "media_receiver_standby_gate": str(self.run / "open"),
             "media_receiver_server": "nginx" if spools else "none",
             "media_receiver_root": str(self.spool),
             "__media_receiver_tls": str(self.tls),
@@ -312,7 +314,8 @@ def spooling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 @pytest.fixture
 def node(shared: Node) -> Node:
-    (shared.run / "open").touch()
+    for each in (shared, shared.other):
+        (each.run / "open").touch()
     os.utime(shared.ledger)
     os.utime(shared.other.ledger)
     return shared
@@ -597,7 +600,8 @@ def test_a_peers_standby_answers_members_only_and_from_its_own_disks(node: Node)
 
 def test_spooled_files_are_read_and_missing_ones_asked_for_everywhere(spooling: Node) -> None:
     node, other = spooling, spooling.other
-    (node.run / "open").touch()
+    for each in (node, other):
+        (each.run / "open").touch()
     here, there, private = name(), name(), name(top="private")
     node.put(node.spool, here, SMALL)
     node.put(other.spool, there, SMALL)
@@ -728,10 +732,26 @@ def test_a_closed_gate_keeps_the_cache_from_serving(node: Node) -> None:
     assert (answer.content, answer.headers["X-Cache"]) == (LARGE, "BYPASS")
     (node.mount / one).unlink()
     node.note("deleted", one)
-    assert node.get(f"/media/{one}").status_code == 404, "it was deleted while this node was away"
+    assert node.get(f"/media/{one}").status_code == 503, "it was deleted while this node was away"
     node.purger().look()
     assert (node.run / "open").exists()
     assert node.get(f"/media/{one}").status_code == 404
+
+
+def test_a_closed_gate_keeps_the_standbys_from_serving(node: Node) -> None:
+    """After a boot the ledger may not know of a delete yet, and the brick may still have the file."""
+    one = name()
+    for each in (node, node.other):
+        each.note("added", one, SMALL)
+        each.put(each.mirror, one, SMALL)
+        (each.run / "open").unlink()
+    assert node.get(f"/media/{one}").status_code == 503, "the mount has not got it"
+    with node.without("origin"):
+        assert node.get(f"/media/{one}").status_code == 503
+        (node.other.run / "open").touch()
+        assert node.get(f"/media/{one}").headers["X-Tribrick-Source"] == "peer"
+    (node.run / "open").touch()
+    wait_for(lambda: node.get(f"/media/{name()}").status_code == 404, "the origin is asked again", 15)
 
 
 def test_nginx_finds_no_fault_with_the_configuration(node: Node) -> None:

@@ -312,6 +312,9 @@ def test_the_program_takes_the_roles_environment() -> None:
     assert (made.times, made.directories) == (Times(), [""]), "the role's defaults are the program's"
     web = yaml.safe_load((ROLE.parent / "media_web/defaults/main.yml").read_text())
     assert str(made.gate) == web["media_web_edge_gate"]
+    assert str(made.gate) == yaml.safe_load((ROLE / "vars/main.yml").read_text())["__media_edge_gate"]
+    playbook = (ROLE.parents[1] / "playbooks/deploy_receiver.yml").read_text()
+    assert f"media_receiver_standby_gate: {made.gate}\n" in playbook
     made = purger(dict(re.findall(r'(\w+)="(.*)"', rendered("edge.env.j2", media_edge_directories=["", "a/b"]))))
     assert made.directories == ["", "a/b/"]
 
