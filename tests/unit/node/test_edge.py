@@ -557,8 +557,11 @@ def test_pieces_of_one_file_may_come_from_two_sources(node: Node) -> None:
     node.note("added", one, LARGE)
     node.put(node.mirror, one, LARGE, modified=1_700_000_001)
     assert node.get(f"/media/{one}", Range="bytes=0-9").content == LARGE[:10]
+    # The whole piece comes into the cache, though the visitor has what was asked for.
+    wait_for(lambda: f"/media/{one}bytes=0-{PIECE - 1}".encode() in node.cached(), "the first piece is in the cache")
     with node.without("origin"):
         answer = node.get(f"/media/{one}")
+    assert (answer.headers["X-Cache"], answer.headers["X-Tribrick-Source"]) == ("HIT", "origin")
     assert answer.content == LARGE
     wait_for(lambda: node.get(f"/media/{name()}").status_code == 404, "the origin is asked again", 15)
 
