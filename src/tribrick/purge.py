@@ -283,12 +283,17 @@ class Purger:
         if place == self._done:
             return
         self.cache.settle()
-        _write(self.noted, {"number": place.number, "chain": place.chain}, durable=True)
+        _write(self.noted, {"number": place.number, "chain": place.chain, **self._of()}, durable=True)
         self._done = place
+
+    def _of(self) -> dict[str, Any]:
+        return {"cache": str(self.cache.root), "directories": self.directories}
 
     def _read_place(self) -> Place | None:
         try:
             found = json.loads(self.noted.read_text())
+            if {key: found[key] for key in self._of()} != self._of():
+                return None  # it is about another cache, or was made without some directory
             return Place(int(found["number"]), str(found["chain"]))
         except FileNotFoundError:
             return None
