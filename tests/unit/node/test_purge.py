@@ -165,9 +165,11 @@ def test_without_a_place_every_deleted_name_is_purged(node: Node, spoil: str) ->
     found = json.loads(place.read_text())
     assert found["number"] == 7
     made = {
-        "other history": {"number": 4}, "shorter history": {"number": 400}, "other cache": {"cache": "/var/cache/other"},
+        "other history": {"number": 4},
+        "shorter history": {"number": 400},
+        "other cache": {"cache": "/var/cache/other"},
         "fewer directories": {"directories": []},
-    }  # fmt: skip
+    }
     place.write_text("{" if spoil == "damaged place" else json.dumps(found | made.get(spoil, {})))
     if spoil == "no place":
         place.unlink()
