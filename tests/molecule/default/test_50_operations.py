@@ -52,7 +52,9 @@ def test_nothing_is_written_beside_the_mount(rig, node):
     finally:
         rig.root(node, "systemctl start tribrick-media-keeper.timer")
     rig.wait_ready(30, [node])
-    rig.upload(node)
+    # For some seconds nginx does not ask an origin that had failed.
+    wait_until("the origin to be asked again",
+               lambda: rig.fetch(node, rig.upload(node)).headers.get("X-Tribrick-Source") == "origin", 20)
     rig.check_known([node])
 
 

@@ -163,8 +163,8 @@ class Node:
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         temporary = "".join(f"{kind}_temp_path {self.work}/temporary/{kind};\n" for kind in kinds)
         chain = render("media_edge", "site.conf.j2", **edge)
-        assert "max_fails=2 fail_timeout=10s" in chain
-        parts = [chain.replace("fail_timeout=10s", "fail_timeout=4s"), render("media_web", "site.conf.j2", **web)]
+        assert "max_fails=2 fail_timeout=5s" in chain
+        parts = [chain, render("media_web", "site.conf.j2", **web)]
         parts.append(render("media_receiver", "site.conf.j2", **receiver))
         text = "\n".join(parts).replace("/etc/nginx/tribrick/", f"{self.work}/nginx/")
         text = text.replace("/var/lib/nginx/body", f"{self.work}/temporary/body")
