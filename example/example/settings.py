@@ -104,6 +104,8 @@ TRIBRICK = {
 TRIBRICK_MAX_UPLOAD_BYTES = env.number("TRIBRICK_MAX_UPLOAD_BYTES", 100 * 2**20, 1, 2**40)
 # Where nginx serves the volume to itself only; empty: the site sends private files on its own.
 TRIBRICK_ACCEL_PREFIX = env.text("TRIBRICK_ACCEL_PREFIX")
+# With it the site signs for a private file, so that a standby gives it away while the volume is not there.
+TRIBRICK_STANDBY_KEY = env.text("TRIBRICK_STANDBY_KEY")
 PROBE_DEADLINE = 2.0
 
 FILE_UPLOAD_HANDLERS = [

@@ -554,11 +554,16 @@ class Standby:
             log.warning("the ledger cannot be read: %s", error)
             raise _unavailable("the ledger cannot be read" if there else "there is no ledger") from error
 
-    def _alive(self, name: str) -> Known:
-        """Return what the ledger knows of a stored file; refuse every other name."""
+    def _alive(self, name: str, *, missing: bool = False) -> Known:
+        """Return what the ledger knows of a stored file; refuse every other name.
+
+        *missing*: the mount is well and has not got it, so what the ledger does not know either was never stored.
+        """
         known, age, _last = self._look(name)
         if known is not None and known.state != "stored":
-            raise Refused(HTTPStatus.NOT_FOUND, "the file was deleted")
+            raise Refused(HTTPStatus.NOT_FOUND, "the file was deleted", **{"X-Tribrick-State": "deleted"})
+        if known is None and missing:
+            raise Refused(HTTPStatus.NOT_FOUND, "neither the mount nor the ledger has it")
         if age > self.rules.max_age:
             raise _unavailable(f"the ledger is {age:.0f} s old, so the file may have been deleted")
         if known is not None:
@@ -578,7 +583,8 @@ class Standby:
     def _serve(self, environ: Environ, name: str, *, head: bool) -> Answer:
         """Answer from the first copy that is right."""
         began = time.monotonic()
-        known, until, said = self._alive(name), began + self.rules.deadline, []
+        missing = environ.get("HTTP_X_TRIBRICK_MISSING") == "1"
+        known, until, said = self._alive(name, missing=missing), began + self.rules.deadline, []
         for source in self.sources:
             if time.monotonic() > until:
                 said.append("the others were not asked in time")

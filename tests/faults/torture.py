@@ -155,10 +155,11 @@ class Run:
         return seen
 
     def _await_removal(self, names: set[str]) -> None:
-        """Give the bytes of deleted files the time that they may take."""
+        """Give the bytes of deleted files, and the caches of the web servers, the time that they may take."""
         end = time.monotonic() + GONE_WAIT
         while names and time.monotonic() < end:
             seen = observer.look(self.lab, "mount", observer.FIRST, sorted(names))
+            seen += [one for node in NODES for one in observer.look(self.lab, "web", node, sorted(names))]
             names = {one.name for one in seen if one.state != "absent"}
             if names:
                 threading.Event().wait(2)

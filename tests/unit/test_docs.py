@@ -39,6 +39,7 @@ EXPECTED = {
     "docs/receiver.md",
     "docs/runbooks/README.md",
     "docs/security.md",
+    "docs/serving.md",
     "docs/spool.md",
     "docs/standby.md",
     "docs/storages.md",

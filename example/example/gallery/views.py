@@ -21,6 +21,7 @@ from example.gallery import api, errors, services, uploads
 from example.gallery.models import Picture, Version
 from example.gallery.services import Refused
 from tribrick.models import State
+from tribrick.signature import sign
 
 PAGE = 24
 
@@ -151,6 +152,8 @@ def private_file(request: HttpRequest, name: str) -> HttpResponse:
     if settings.TRIBRICK_ACCEL_PREFIX:
         response = HttpResponse()
         response["X-Accel-Redirect"] = settings.TRIBRICK_ACCEL_PREFIX + quote(name)
+        if settings.TRIBRICK_STANDBY_KEY:
+            response["X-Tribrick-Signed"] = sign(settings.TRIBRICK_STANDBY_KEY, "GET", name, key_id="site")
     else:
         response = FileResponse(default_storage.open(name))
     response["Content-Type"] = content_type

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-from urllib.parse import urlsplit
-
 import pytest
 
 from helpers import NODES, wait_until
 from judged import CLEAN, acknowledged, faults, goes_on, nodes, verdict
 
 BACK = 30.0
-# Uploads past nginx, run on the node: socket, host, token. Prints the status and the header Retry-After.
-ASK = """
-import http.client, socket, sys
-line = socket.socket(socket.AF_UNIX)
-line.settimeout(30)
-line.connect(sys.argv[1])
-site = http.client.HTTPConnection("site")
-site.sock = line
-body = b'--x\\r\\nContent-Disposition: form-data; name="file"; filename="hung.bin"\\r\\n\\r\\nhung\\r\\n--x--\\r\\n'
-kind = "multipart/form-data; boundary=x"
-headers = {"Host": sys.argv[2], "Authorization": "Token " + sys.argv[3], "Content-Type": kind}
-site.request("POST", "/api/media/", body, headers)
-answer = site.getresponse()
-print(answer.status, answer.headers.get("Retry-After"))
-"""
 
 
 @pytest.mark.parametrize("node", nodes("mount-kill"))
@@ -40,13 +22,18 @@ def test_killed(run, rig, node):
 def test_hung(run, rig, fault, node):
     """The recovery is the playbook's: it frees the mount while its process still hangs.
 
-    The site is asked past nginx: the workers of nginx wait for the mount as soon as somebody reads from it.
+    Meanwhile the node refuses uploads and serves files: from its cache, or from a standby.
     """
     others = tuple(other for other in NODES if other != node)
+    cached, other = rig.upload(node), rig.upload(node)
+    assert rig.fetch(node, cached).status_code == 200
     with run.nemesis.under(fault, [node], ["recover_mount", "-e", f"node={node}"], clean=CLEAN):
-        words = ["/run/tribrick/site.sock", urlsplit(rig.url(node)).netloc, rig.token]
-        said = rig.root(node, f"python3 -c {shlex.quote(ASK)} {' '.join(words)}")
-        assert said.split()[0] == "503" and said.split()[1].isdigit(), said
+        answer = rig.try_upload(node, b"hung", "hung.bin", timeout=30)
+        assert answer.status_code == 503 and answer.headers["Retry-After"].isdigit(), answer.text[:300]
+        hit = rig.fetch(node, cached, timeout=2)
+        assert (hit.status_code, hit.headers["X-Cache"]) == (200, "HIT")
+        wait_until("the ledger to know the file", lambda: rig.fetch(node, other).status_code == 200, 15)
+        assert rig.fetch(node, other, timeout=2).status_code == 200
         goes_on(run, others, deadline=30)
     wait_until(f"{node} to be ready", lambda: rig.ready(node), BACK)
 

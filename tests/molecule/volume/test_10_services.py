@@ -6,7 +6,8 @@ import pytest
 
 OURS = [
     "glusterd.service", "tribrick-bricks.service", "tribrick-media-guard.service", "tribrick-media-keeper.timer",
-    "tribrick-hashes.socket", "tribrick-hashes.service",
+    "tribrick-hashes.socket", "tribrick-hashes.service", "tribrick-origin.service", "tribrick-standby.socket",
+    "tribrick-standby.service", "tribrick-brick.socket", "tribrick-brick.service", "tribrick-purge.service",
 ]
 
 

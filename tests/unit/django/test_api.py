@@ -22,6 +22,7 @@ from example.gallery.models import Picture, RequestKey, Version
 
 from tribrick import catalog
 from tribrick.models import MediaFile
+from tribrick.signature import EMPTY, verify
 from tribrick.storage import VolumeStorage
 from tribrick.storage import volume as module
 
@@ -154,6 +155,10 @@ def test_private_files(api: Api, other: Any, png: Any) -> None:
     assert api.send("GET", response["Location"]).json()["private"] is True
     got = api.send("GET", answer["url"])
     assert (got.status_code, got["X-Accel-Redirect"]) == (200, "/_protected/" + answer["name"])
+    assert "X-Tribrick-Signed" not in got
+    with override_settings(TRIBRICK_STANDBY_KEY="secret"):
+        signed = api.send("GET", answer["url"])["X-Tribrick-Signed"]
+    assert verify(signed, {"site": "secret"}, "GET", answer["name"]) == EMPTY
     bob = Api("secret-of-bob")
     for method in ("GET", "DELETE"):
         refused(bob.send(method, response["Location"]), 404, "not_found")

@@ -26,7 +26,8 @@ def render(name: str, **given: Any) -> str:
     """A template of the role, with its defaults, as Ansible renders it."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  no HTML
     values = yaml.safe_load((ROLE / "defaults/main.yml").read_text()) | given | {"ansible_managed": "x"}
-    for key, value in yaml.safe_load((ROLE / "vars/main.yml").read_text()).items():
+    own = yaml.safe_load((ROLE / "vars/main.yml").read_text())
+    for key, value in ((key, value) for key, value in own.items() if isinstance(value, str)):
         values[key] = environment.from_string(value).render(values)
     return environment.from_string((ROLE / "templates" / name).read_text()).render(values)
 

@@ -19,6 +19,8 @@ WANTED = """\
 {{ {'environment': django_site_environment, 'peers': media_web_peers, 'sentinel': media_web_sentinel,
     'mount': django_site_media_mount_unit, 'umask': django_site_umask, 'server': media_receiver_server,
     'brick': media_receiver_brick, 'writers': media_receiver_writers, 'client': media_receiver_client,
+    'edge': media_web_edge, 'edge_peers': media_edge_peers, 'edge_spools': media_edge_spools,
+    'standby': media_receiver_standby, 'max_age': media_web_browser_max_age,
     'root': media_receiver_root, 'limit': media_receiver_limit_mib,
     'services': django_site_services | map(attribute='name') | list} | to_json }}"""
 
@@ -30,7 +32,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     [site, *_] = yaml.safe_load((ROOT / "playbooks/deploy_site.yml").read_text(encoding="utf-8"))
     [receiver] = yaml.safe_load((ROOT / "playbooks/deploy_receiver.yml").read_text(encoding="utf-8"))
     web = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_web"))
-    variables = {**site["vars"], **web, **receiver["vars"], **receiver["roles"][0]["vars"]}
+    edge = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_edge"))
+    variables = {**site["vars"], **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
     secrets = {"vault_tribrick_django_secret_key": "x", "tribrick_database_url": "postgres://x"}
     tasks = [
         {
@@ -61,7 +64,8 @@ def test_a_spool_has_receivers_a_service_and_readers(found):
     }  # fmt: skip
     assert {**volume["environment"], **more} == spool["environment"]
     assert (spool["server"], spool["root"], spool["limit"]) == ("tribrick", "/srv/media-spool", 4096)
-    assert [peer["name"] for peer in spool["peers"]] == ["node1", "node2", "node3"], "its own spool first"
+    assert [peer["name"] for peer in spool["edge_spools"]] == ["node1", "node2", "node3"]
+    assert spool["peers"] == volume["edge_spools"] == []
     assert spool["sentinel"] == volume["sentinel"] and spool["brick"] == volume["brick"]
     assert set(spool["services"]) - set(volume["services"]) == {"tribrick-drain"}
 
@@ -76,6 +80,10 @@ def test_with_a_volume_every_nodes_brick_is_a_copy_and_nobody_stores_files(found
     assert volume["environment"]["TRIBRICK_WRITE_QUORUM"] == ""
     assert (volume["server"], volume["peers"], volume["sentinel"]) == ("none", [], ".tribrick-volume")
     assert (volume["mount"], volume["umask"]) == ("srv-media.mount", "0022")
+    assert volume["edge_peers"] == [{"name": f"node{n}", "address": f"192.0.2.1{n}:7443"} for n in (2, 3)]
+    assert (volume["edge"], volume["standby"]) == ("tribrick_media", "/run/tribrick/standby.sock")
+    assert volume["max_age"] == 2592000
+    assert len(volume["environment"]["TRIBRICK_STANDBY_KEY"]) == 64
     assert volume["brick"] == "/srv/gluster/media/brick"
 
 
@@ -91,6 +99,7 @@ def test_without_a_volume_an_acknowledged_file_is_on_two_of_three(found, backend
     assert made["environment"]["TRIBRICK_BACKEND"] == backend
     assert json.loads(made["environment"]["TRIBRICK_COPIES"]) == []
     assert (made["server"], made["sentinel"], made["mount"], made["umask"]) == ("tribrick", "", "", "0002")
+    assert (made["edge"], made["standby"]) == ("", "") and "TRIBRICK_STANDBY_KEY" not in made["environment"]
     assert (made["brick"], made["client"]) == ("", "node1.site")
     assert made["writers"] == ["node1.site", "node2.site", "node3.site"]
     assert made["peers"] == [{"name": f"node{n}", "address": f"192.0.2.1{n}:7443"} for n in (2, 3)]

@@ -688,3 +688,25 @@ def test_the_hash_is_the_ledgers(node: Node) -> None:
     assert ask(node.standby(), NAME).status == 503
     with Ledger(node.ledger) as own:
         assert own.last()[0] == 1
+
+
+def test_who_asked_a_healthy_mount_gets_the_ledgers_last_word(node: Node) -> None:
+    """Unknown to the mount and to the ledger, however old that is: never stored. Alive: served, or 503."""
+    standby, missing = node.standby(), {"HTTP_X_TRIBRICK_MISSING": "1"}
+    node.note("added", NAME, SMALL)
+    node.age(60)
+    assert ask(standby, "photos/b/4/none.jpg").status == 503
+    assert ask(standby, "photos/b/4/none.jpg", **missing).status == 404
+    assert ask(standby, "derived/none.jpg", **missing).status == 404
+    assert ask(standby, NAME, **missing).status == 503
+    node.put(node.mirror, NAME, SMALL)
+    assert ask(standby, NAME, **missing).body == SMALL
+
+
+def test_a_deleted_file_is_told_from_one_that_never_was(node: Node) -> None:
+    node.note("added", NAME, SMALL)
+    node.note("deleted", NAME)
+    answer = ask(node.standby(), NAME)
+    assert (answer.status, answer.headers["x-tribrick-state"]) == (404, "deleted")
+    answer = ask(node.standby(), "photos/b/4/none.jpg")
+    assert answer.status == 404 and "x-tribrick-state" not in answer.headers
