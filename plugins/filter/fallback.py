@@ -16,12 +16,13 @@ def fallback_obstacles(
 ) -> list[str]:
     """What speaks against it on one host, in sentences that say what to do."""
     if status.get("unreachable"):
-        return [f"{host} does not answer: {str(status.get('msg', '')).strip()}. If it is dead, run it with -e absent={host}."]
+        why = str(status.get("msg", "")).strip()
+        return [f"{host} does not answer: {why}. If it is dead, run it with -e absent={host}."]
     found = []
-    if not mirror.get("stat", {}).get("exists"):
+    if not mirror.get("skipped") and not mirror.get("stat", {}).get("exists"):
         found.append(
-            f"{host} has no mirror: put it into the group media_mirror_servers, run playbooks/deploy_mirror.yml, and on "
-            "the host tribrick-mirror run."
+            f"{host} has no mirror: put it into the group media_mirror_servers, run playbooks/deploy_mirror.yml, and "
+            "tribrick-mirror run on the host."
         )
     try:
         said = json.loads(status.get("stdout") or "")

@@ -816,7 +816,7 @@ def judge_fallback(config: Config, mark: Mapping[str, Any] | None, held: float |
         text = f"{config.node} works without GlusterFS since {mark.get('since', 'an unknown time')}, or is on its way"
         found.append(Finding("fallback", config.node, text, "warning", "playbooks/fallback_disable.yml"))
     if held is not None and held > HELD_SECONDS:
-        text = f"uploads are refused on {config.node} for {_span(held)}: entering or leaving the Gluster-free mode was broken off"
+        text = f"uploads have been refused on {config.node} for {_span(held)}: a switch of the mode was broken off"
         command = "playbooks/fallback_enable.yml to go on with entering it, playbooks/fallback_disable.yml to leave"
         found.append(Finding("uploads-held", config.node, text, "error", command))
     return found

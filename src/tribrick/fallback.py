@@ -30,7 +30,7 @@ from django.db.models import Max, Sum
 
 from tribrick import audit, catalog
 from tribrick.conf import setting
-from tribrick.copies import CHUNK, AuditError, Copy, PathCopy
+from tribrick.copies import CHUNK, AuditError, Copy, PathCopy, look_at
 from tribrick.drain import IntoVolume
 from tribrick.errors import StorageUnavailable
 from tribrick.ledger import Known
@@ -331,7 +331,7 @@ class Complete:
         try:
             if self.apply:
                 self.tree.put(known, source)
-            elif audit.look_at(source.chunks(known.name)).sha256 != known.sha256:
+            elif look_at(source.chunks(known.name)).sha256 != known.sha256:
                 raise AuditError("has other bytes")
         except OSError as error:
             if error.errno == errno.ENOSPC and not isinstance(error, StorageUnavailable):
@@ -357,7 +357,7 @@ class Complete:
                 if one.name in known or not audit._printable(one.name) or self.tree.exists(one.name):
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    seen = audit.look_at(source.chunks(one.name))
+                    seen = look_at(source.chunks(one.name))
                     self.tree.put(Known(one.name, "foreign", "", seen.sha256, seen.size), source)
                     self.report.foreign += 1
 
@@ -512,4 +512,3 @@ class Merge(IntoVolume):
             known = self.catalog.source.get(one.name for one in batch)
             unknown = [one.name for one in batch if one.name not in known and not audit._is_temporary(one.name)]
             self.report.foreign += [name for name in unknown if not audit.is_own(name, self.catalog.alias)]
-

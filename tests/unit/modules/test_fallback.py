@@ -12,7 +12,9 @@ from ansible_collections.tribrick.media.plugins.filter import fallback as filter
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
-FINE: dict[str, Any] = {"number": 7, "living": 1, "spooled": 0, "needed": 10 * MIB, "free": 2000 * MIB, "volume": "away"}
+FINE: dict[str, Any] = {
+    "number": 7, "living": 1, "spooled": 0, "needed": 10 * MIB, "free": 2000 * MIB, "volume": "away",
+}  # fmt: skip
 MIRROR = {"stat": {"exists": True}}
 
 

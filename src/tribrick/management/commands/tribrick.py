@@ -154,11 +154,12 @@ class Command(BaseCommand):
         one.add_argument("--interval", type=_positive, default=5, metavar="S", help="watch: seconds")
 
         one = command(
-            "fallback", self._fallback, "Work without GlusterFS for a time: fill a directory outside it, and merge it back",
-            "complete writes into --tree what the catalog says is stored and is not right there, from --from (in the\n"
-            "order given), the spool here, --volume and the other nodes, and removes what was deleted. merge writes to\n"
-            "--volume what is not right there, from --tree and the other nodes, and reads it back. Both tell the number of\n"
-            "the newest change that they saw; with --after only later changes are looked at.",
+            "fallback", self._fallback,
+            "Work without GlusterFS for a time: fill a directory outside it, and merge it back",
+            "complete writes into --tree what the catalog says is stored and is not right there, from --from (in\n"
+            "the order given), the spool here, --volume and the other nodes, and removes what was deleted. merge\n"
+            "writes to --volume what is not right there, from --tree and the other nodes, and reads it back. Both\n"
+            "tell the number of the newest change that they saw; with --after only later changes are looked at.",
         )  # fmt: skip
         one.add_argument(
             "what", choices=["status", "complete", "merge"], help="what there is to do; the way in; the way back"

@@ -218,7 +218,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     save()
     free = shutil.disk_usage(places.tree).free
-    with pytest.raises(audit.AuditError, match="to stay free.*nothing was written"):
+    with pytest.raises(audit.AuditError, match=r"to stay free.*nothing was written"):
         complete(places, reserve=free - len(DATA) // 2)
     assert files(places.tree) == {}
 
@@ -329,9 +329,7 @@ def test_a_file_deleted_while_it_is_merged_does_not_come_back(
     assert not done.written and not done.failed and files(cluster.volume) == {}
 
 
-def test_deleted_files_are_removed_from_the_volume_once_more(
-    cluster: Any, without_gluster: Callable[..., Any]
-) -> None:
+def test_deleted_files_are_removed_from_the_volume_once_more(cluster: Any, without_gluster: Callable[..., Any]) -> None:
     name = save()
     default_storage.delete(name)
     put(cluster.volume, name, DATA)  # a brick that was away had it
