@@ -277,9 +277,9 @@ class Complete:
                     self._one(_known(row))
                     done += 1
                     self.progress("files", done, max(done, total))
-                self._bury([row.name for row in page])
             if self.foreign is not None and not self.catalog.after:
                 self._take_foreign(self.foreign)
+            # In the end, so that what was deleted while it was copied goes again.
             for batch in audit.batches(self.catalog.dead()):
                 self._unlink(batch)
         finally:
@@ -360,12 +360,6 @@ class Complete:
                     seen = look_at(source.chunks(one.name))
                     self.tree.put(Known(one.name, "foreign", "", seen.sha256, seen.size), source)
                     self.report.foreign += 1
-
-    def _bury(self, names: Sequence[str]) -> None:
-        """Remove again what was deleted while it was copied."""
-        if self.apply:
-            alive = self.catalog.still(names)
-            self._unlink([name for name in names if name not in alive])
 
     def _unlink(self, names: Sequence[str]) -> None:
         for name in names:
