@@ -14,6 +14,7 @@ do with *after* only what came later; so the part during which uploads are refus
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -213,6 +214,16 @@ def free_at(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written, new directories too. ``sync`` would also wait for the volume."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), f"syncfs of {path}: {os.strerror(ctypes.get_errno())}")
+    finally:
+        os.close(descriptor)
+
+
 # Complete
 
 
@@ -282,6 +293,8 @@ class Complete:
             # In the end, so that what was deleted while it was copied goes again.
             for batch in audit.batches(self.catalog.dead()):
                 self._unlink(batch)
+            if self.apply:
+                _sync(self.tree.root)
         finally:
             os.umask(before)
         return self.report
