@@ -252,6 +252,22 @@ def test_group_and_modes_let_the_receiver_write_and_nginx_read(places: Places) -
     assert (places.tree / name).stat().st_mode & 0o644 == 0o644
 
 
+def test_once_switched_a_node_fetches_from_the_others_what_it_lacks(
+    cluster: Any, without_gluster: Callable[..., Any]
+) -> None:
+    one, two = save(b"one"), save(b"two")
+    shutil.rmtree(cluster.volume / "photos")
+    tree = cluster.spools["node1"].root
+    put(cluster.spools["node2"].root, one, b"one")
+    put(cluster.spools["node3"].root, one, b"0ne")
+    put(cluster.spools["node3"].root, two, b"tw0")
+    with without_gluster("node1"):
+        where = fallback.sources("default", directories={}, volume=settings.MEDIA_ROOT)
+        done = fallback.Complete(str(tree), where, reserve=0, apply=True).run()
+    assert done.copied == {"peers": 1} and list(done.missing) == [two] and "peers" in done.missing[two]
+    assert files(tree) == {one: b"one"}
+
+
 # The way back
 
 
