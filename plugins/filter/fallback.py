@@ -58,17 +58,19 @@ def explain_fallback(said: Mapping[str, Any]) -> list[str]:
         lines += [f"cannot be asked: {source}: {why}" for source, why in said["away"].items()]
         lines += _listed("deleted, removed", said["removed"])
         return lines + _listed("missing here", [f"{name}: {why}" for name, why in said["missing"].items()])
-    lines += _listed("written", said["written"])
+    lines += _listed("written", said["written"], said["count"])
     lines.append(f"{said['removed']} deleted ones removed once more")
     lines += _listed("unknown to the catalog, left in the tree", said["foreign"])
     return lines + _listed("failed", [f"{name}: {why}" for name, why in said["failed"].items()])
 
 
-def _listed(what: str, entries: list[str]) -> list[str]:
+def _listed(what: str, entries: list[str], count: int = 0) -> list[str]:
+    """The number and the first entries; *count* where only the first were told."""
+    count = count or len(entries)
     if not entries:
         return []
-    more = [f"  ... and {len(entries) - SHOWN} more"] if len(entries) > SHOWN else []
-    return [f"{len(entries)} {what}", *(f"  {one}" for one in entries[:SHOWN]), *more]
+    more = [f"  ... and {count - SHOWN} more"] if count > SHOWN else []
+    return [f"{count} {what}", *(f"  {one}" for one in entries[:SHOWN]), *more]
 
 
 class FilterModule:

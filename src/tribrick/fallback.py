@@ -44,6 +44,7 @@ from tribrick.storage.volume import VolumeStorage
 Progress = Callable[[str, int, int], None]
 SHARED: Final = 0o002
 """The umask for the tree: the receiver, another user of the same group, writes and deletes there, too."""
+_NAMED: Final = 1000  # files that are named one by one in a report
 _TIRED: Final = 3  # refusals in a row after which a source is not asked any more
 
 
@@ -339,6 +340,8 @@ class Complete:
                 self.report.copied[source.name] = self.report.copied.get(source.name, 0) + 1
                 return
         self.report.missing[known.name] = "; ".join(why) or "no source has it"
+        if self.apply and self.tree.exists(known.name):
+            self.tree.quarantine(known.name)  # other bytes must not be served, not even while there are no right ones
 
     def _take(self, known: Known, source: Copy) -> None:
         try:
@@ -367,9 +370,11 @@ class Complete:
         for batch in audit.batches(walked if walked is not None else ()):
             known = self.catalog.source.get(one.name for one in batch)
             for one in batch:
-                if one.name in known or not audit._printable(one.name) or self.tree.exists(one.name):
+                if one.name in known or audit._is_temporary(one.name) or not audit._printable(one.name):
                     continue
-                with contextlib.suppress(FileNotFoundError):
+                if self.tree.exists(one.name):
+                    continue
+                with contextlib.suppress(FileNotFoundError, AuditError):  # gone, or another one, meanwhile
                     seen = look_at(source.chunks(one.name))
                     self.tree.put(Known(one.name, "foreign", "", seen.sha256, seen.size), source)
                     self.report.foreign += 1
@@ -397,7 +402,10 @@ class Merged:
     after: int
     number: int = 0
     right: int = 0
+    count: int = 0
+    """How many files were written."""
     written: list[str] = field(default_factory=list)
+    """The first of their names."""
     removed: int = 0
     """Names of deleted files that were removed from the volume once more."""
     foreign: list[str] = field(default_factory=list)
@@ -465,14 +473,19 @@ class Merge(IntoVolume):
             self.report.right += 1
         elif not self.apply:
             with self._source(row):
-                self.report.written.append(row.name)
+                self._wrote(row.name)
         elif self._bring(self.volume, row):
-            self.report.written.append(row.name)
+            self._wrote(row.name)
         else:
             return  # deleted meanwhile
         if self.apply and row.spooled:
             rows = MediaFile.objects.using(self._using).filter(pk=row.pk, state=State.STORED, spooled=True)
             rows.update(spooled=False)  # the drain removes the copies in the spools
+
+    def _wrote(self, name: str) -> None:
+        self.report.count += 1
+        if self.report.count <= _NAMED:
+            self.report.written.append(name)
 
     @contextlib.contextmanager
     def _source(self, row: MediaFile) -> Iterator[Any]:

@@ -59,10 +59,12 @@ def test_what_was_done_is_told() -> None:
             "missing": {"y": "no source has it"}, "away": {"mount": "not mounted"}}  # fmt: skip
     said = "\n".join(filters.explain_fallback(done))
     assert all(word in said for word in ("3 were right", "2 from mirror", "y: no source", "mount: not mounted", "  x"))
-    merged = {"applied": False, "right": 3, "number": 9, "written": [f"n{i}" for i in range(60)], "removed": 4,
-              "foreign": ["by-hand"], "failed": {"z": "away"}}  # fmt: skip
+    merged = {
+        "applied": False, "right": 3, "number": 9, "written": [f"n{i}" for i in range(60)], "count": 70, "removed": 4,
+        "foreign": ["by-hand"], "failed": {"z": "away"},
+    }  # fmt: skip
     said = "\n".join(filters.explain_fallback(merged))
-    assert all(word in said for word in ("only looked at", "60 written", "10 more", "by-hand", "z: away"))
+    assert all(word in said for word in ("only looked at", "70 written", "20 more", "by-hand", "z: away"))
     assert "n50" not in said
 
 

@@ -597,7 +597,7 @@ def _told_merge(done: Any) -> list[str]:
     text = [f"failed: {name}: {why}" for name, why in done.failed.items()]
     text += [f"unknown to the catalog, left in the tree: {name}" for name in done.foreign]
     text.append(
-        f"{done.right} were right, {len(done.written)} written, {done.removed} deleted ones removed once more, "
+        f"{done.right} were right, {done.count} written, {done.removed} deleted ones removed once more, "
         f"{len(done.failed)} failed; up to change {done.number}"
     )
     return text

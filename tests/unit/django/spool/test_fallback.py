@@ -146,6 +146,7 @@ def test_wrong_bytes_are_never_taken_and_those_in_the_tree_are_replaced(
     put(places.tree, name, bad)
     done = complete(places)
     assert list(done.missing) == [name] and "mirror" in done.missing[name] and not done.copied
+    assert files(places.tree) == {}, "what is wrong is not served"
 
 
 def test_a_name_found_nowhere_is_named(cluster: Any, places: Places) -> None:
@@ -186,6 +187,7 @@ def test_what_is_deleted_while_it_is_copied_does_not_stay(
 
 def test_files_unknown_to_the_catalog_come_from_the_mirror_only(places: Places) -> None:
     put(places.mirror, "derived/small.jpg", b"thumbnail")
+    put(places.mirror, f"derived/.{'a' * 20}.part", b"unfinished")
     put(places.brick, "derived/other.jpg", b"not verified")
     done = complete(places)
     assert done.foreign == 1 and files(places.tree) == {"derived/small.jpg": b"thumbnail"}
