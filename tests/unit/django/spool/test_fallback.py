@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from io import StringIO
@@ -19,7 +20,7 @@ from django.core.files.storage import default_storage
 from django.core.management import CommandError, call_command
 from django.test import override_settings
 
-from tribrick import audit, catalog, copies, fallback
+from tribrick import audit, catalog, copies, drain, fallback
 from tribrick.errors import StorageUnavailable
 from tribrick.models import MediaFile
 from tribrick.storage.derived import DerivedStorage
@@ -388,6 +389,96 @@ def test_the_last_part_looks_at_what_is_new_only(cluster: Any, without_gluster: 
         new = save(b"second")
         last = merge(cluster, after=done.number)
     assert last.written == [new] and last.right == 0
+
+
+class _Killed(BaseException):
+    """As a signal would end it."""
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_the_volume_has_what_is_alive_and_nothing_else(
+    seed: int, cluster: Any, without_gluster: Callable[..., Any], places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(seed)
+    alive: dict[str, bytes] = {}
+    dead: dict[str, bytes] = {}
+
+    def keep(data: bytes) -> None:
+        alive[save(data)] = data
+
+    def bury() -> None:
+        if alive:
+            name = chance.choice(sorted(alive))
+            default_storage.delete(name)
+            dead[name] = alive.pop(name)
+
+    def with_kills(work: Callable[[], Any], owner: Any, step: str) -> Any:
+        """Run *work* again and again, killed at a random call of a step, until it comes to its end."""
+        original = getattr(owner, step)
+        while True:
+            left = [chance.randrange(8)]
+
+            def maybe(*arguments: Any, left: list[int] = left, **more: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise _Killed
+                return original(*arguments, **more)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, step, maybe)
+                try:
+                    return work()
+                except _Killed:
+                    continue
+
+    for number in range(8):
+        keep(b"before %d" % number)
+    bury()
+    for name, data in alive.items():
+        put(places.mirror, name, data if chance.random() < 0.7 else bytes(len(data)))
+    with contextlib.ExitStack() as stack:
+        if chance.random() < 0.5:  # gone already; spool and mirror must do
+            for name in [name for name in alive if files(places.mirror)[name] != alive[name]]:
+                put(places.brick, name, alive[name])
+            stack.enter_context(cluster.volume_away())
+            keep(b"spooled")
+        for node in cluster.spools:
+            tree = places._replace(tree=cluster.spools[node].root)
+            with cluster.on(node):
+                done = with_kills(lambda tree=tree: complete(tree), copies.PathCopy, "put")
+                assert not done.missing, done.missing
+    for number in range(12):
+        node, away = chance.sample(sorted(cluster.spools), 2)
+        with without_gluster(node):
+            cluster.spools[away].stop()
+            try:
+                if chance.random() < 0.7:
+                    keep(b"without %d" % number)
+                else:
+                    bury()
+            finally:
+                cluster.spools[away].start()
+    for name, data in (alive | dead).items():  # what a repaired volume may be like
+        what = chance.choice(["as it was", "gone", "old bytes", "back"])
+        if what == "gone":
+            (cluster.volume / name).unlink(missing_ok=True)
+        elif what == "old bytes":
+            put(cluster.volume, name, bytes(len(data)))
+        elif what == "back":
+            put(cluster.volume, name, data)
+    node = chance.choice(sorted(cluster.spools))
+    with without_gluster(node):
+        first = with_kills(lambda: merge(cluster, node), drain._Draining, "publish")
+        assert not first.failed
+        keep(b"last")
+        bury()
+        last = merge(cluster, node, after=first.number)
+        assert not last.failed
+    found = {name: data for name, data in files(cluster.volume).items() if not name.endswith(".part")}
+    assert found == alive
+    for name, data in alive.items():
+        with default_storage.open(name) as file:
+            assert file.read() == data
 
 
 # Holding uploads up
