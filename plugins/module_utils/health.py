@@ -17,6 +17,7 @@ Exit code: 0 nothing to do, 1 something is wrong, 2 the configuration cannot be 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import email.utils
 import http.client
@@ -42,6 +43,11 @@ CONFIGURATION = "/etc/tribrick/health.json"
 # A directory of its own: /var/lib/tribrick belongs to the user of the site, and this runs as root.
 MEMORY = "/var/lib/tribrick-health/memory.json"
 PROBES = "/run/tribrick"
+# What the role media_fallback leaves: the mark of the Gluster-free mode, and the one that holds uploads up.
+FALLBACK = "/etc/tribrick/fallback.json"
+HELD = "/etc/tribrick/uploads-held"
+# Switching all nodes takes a minute or two.
+HELD_SECONDS = 600
 
 # note: passes by itself, shown and not counted; warning: act in the next days; error: act now.
 SEVERITIES = ("note", "warning", "error")
@@ -803,6 +809,29 @@ def see_mirror(config: Config) -> list[Finding]:
     return judge_mirror(config, time.time() - last, problems)
 
 
+def judge_fallback(config: Config, mark: Mapping[str, Any] | None, held: float | None) -> list[Finding]:
+    """The mark of the Gluster-free mode, and for how many seconds uploads have been held up."""
+    found = []
+    if mark is not None:
+        text = f"{config.node} works without GlusterFS since {mark.get('since', 'an unknown time')}, or is on its way"
+        found.append(Finding("fallback", config.node, text, "warning", "playbooks/fallback_disable.yml"))
+    if held is not None and held > HELD_SECONDS:
+        text = f"uploads have been refused on {config.node} for {_span(held)}: a switch of the mode was broken off"
+        command = "playbooks/fallback_enable.yml to go on with entering it, playbooks/fallback_disable.yml to leave"
+        found.append(Finding("uploads-held", config.node, text, "error", command))
+    return found
+
+
+def see_fallback(config: Config) -> list[Finding]:
+    """What playbooks/fallback_enable.yml and fallback_disable.yml leave on a node."""
+    mark, held = None, None
+    with contextlib.suppress(FileNotFoundError), open(FALLBACK, encoding="utf-8") as stream:
+        mark = json.load(stream)
+    with contextlib.suppress(FileNotFoundError):
+        held = time.time() - os.stat(HELD).st_mtime
+    return judge_fallback(config, mark, held)
+
+
 def look(config: Config) -> list[Finding]:
     """All findings. A part of the check that fails is a finding, and the others go on."""
     parts: list[Callable[[Config], list[Finding]]] = [
@@ -813,6 +842,7 @@ def look(config: Config) -> list[Finding]:
         see_databases,
         see_ledger,
         see_mirror,
+        see_fallback,
     ]
     parts += [see_certificates] if config.certificates else []
     parts += [see_brick, see_cluster] if config.has_brick else []

@@ -22,6 +22,8 @@ key                     default                  meaning
 ``SPOOL_LIMIT``         4 GiB                    bytes that the spool here may hold
 ``SPOOL_PEERS``         none                     receivers (``address`` or ``address:port``) of the other
                                                  nodes' spools; ``TRANSPORT`` has their path
+``CLOSED``              none                     while a file of this path is there, uploads are refused with
+                                                 ``StorageUnavailable``, see docs/runbooks/fallback.md
 ``NODE``                the host's name          the name of this node, noted in the catalog
 ``NODES``               none                     the names of all nodes; a tombstone expires when
                                                  the ledgers of all of them hold it
@@ -69,6 +71,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "SPOOL_COPIES": 2,
     "SPOOL_LIMIT": 4 * 1024**3,
     "SPOOL_PEERS": (),
+    "CLOSED": None,
     "NODE": socket.gethostname(),
     "NODES": (),
     "COPIES": (),

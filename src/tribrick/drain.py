@@ -157,93 +157,34 @@ class _Draining(Saving):
             connections.close_all()
 
 
-class Drain:
-    """One pass over what is spooled. *stop* is asked between two files."""
+class IntoVolume:
+    """Bringing files of the catalog to the volume: what is there is looked at, written and read back."""
 
-    def __init__(
-        self, *, progress: Progress = lambda _what, _done, _total: None, stop: Callable[[], bool] = lambda: False
-    ) -> None:
-        self.spool = spool()
-        self.report = Report()
-        self._progress, self._stop = progress, stop
+    def __init__(self) -> None:
         self._using = catalog.database()
-        self._refusals: dict[str, int] = {}
-        self._silent: set[str] = set()
 
-    def run(self) -> Report:
-        """Drain what can be drained now. What cannot is in the report; only the catalog's absence raises."""
-        wanted = list(self._rows().values_list("pk", "name", "storage"))
-        for done, (pk, name, alias) in enumerate(wanted):
-            if self._stop():
-                return self.report
-            self._progress("files", done, len(wanted))
-            if f"storage {alias}" not in self.report.away:
-                self._try(pk, name, alias)
-        if wanted:
-            self._progress("files", len(wanted), len(wanted))
-        self._look_through()
-        return self.report
+    def _wanted(self) -> Any:
+        """Return the rows of which one must still be when its file gets its name."""
+        return MediaFile.objects.using(self._using).filter(state=State.STORED)
 
-    def _rows(self) -> Any:
-        """Return the rows to look at. Those of this node first, so that nodes that drain at once do not meet."""
-        mine = Case(When(node=str(setting("NODE")), then=Value(0)), default=Value(1))
-        rows = MediaFile.objects.using(self._using).filter(spooled=True)
-        # A deleted file whose bytes are gone already waits for its last removal.
-        return rows.exclude(state=State.PURGED, deleted__gt=timezone.now() - LATE).order_by(mine, "pk")
+    def _source(self, row: MediaFile) -> contextlib.AbstractContextManager[Any]:
+        """Yield the right bytes as a file, open at its start."""
+        raise NotImplementedError
 
-    def _try(self, pk: Any, name: str, alias: str) -> None:
-        report = self.report
-        try:
-            self._one(pk)
-        except StorageFull as error:
-            report.waiting[name] = str(error)
-        except StorageUnavailable as error:
-            self._refused(name, alias, error)
-        except _NoCopy as error:
-            (report.away if error.away else report.waiting)[name] = str(error)
-        except OperationalError as error:
-            if connections[self._using].connection is None or not connections[self._using].is_usable():
-                raise
-            report.waiting[name] = f"its row is locked: {' '.join(str(error).split())}"
-        except (OSError, ImproperlyConfigured) as error:  # the latter: its storage is no longer in STORAGES
-            report.waiting[name] = str(error)
-
-    def _refused(self, name: str, alias: str, error: StorageUnavailable) -> None:
-        """Tell a volume that is away, or refuses everything, from one that cannot take or give one file."""
-        self._refusals[alias] = self._refusals.get(alias, 0) + 1
-        try:
-            storages[alias].verify()  # type: ignore[attr-defined]  # only a VolumeStorage has spooled files
-        except StorageUnavailable:
-            self._refusals[alias] = _REFUSALS
-        if self._refusals[alias] >= _REFUSALS:
-            self.report.away[f"storage {alias}"] = str(error)
-        self.report.waiting[name] = str(error)
-
-    # One file.
-
-    def _one(self, pk: Any) -> None:
+    def _bring(self, storage: VolumeStorage, row: MediaFile) -> bool:
+        """Have the file on the volume, read back with the right hash; False if the row is no longer wanted."""
         for _ in range(_ROUNDS):
-            row = MediaFile.objects.using(self._using).filter(pk=pk, spooled=True).first()
-            if row is None:  # another drain was here
-                return
-            if row.state != State.STORED:
-                self._bury(row)
-                return
-            storage = storages[row.storage]
-            if not isinstance(storage, VolumeStorage):
-                raise ImproperlyConfigured(f"{row.storage} is not a storage on a volume")
             there = self._look(storage, row)
             if there is None or not there.right:
                 try:
                     self._write(storage, row, None if there is None else there.identity)
-                except (_Gone, _Again):
+                except _Gone:
+                    return False
+                except _Again:
                     continue
                 there = self._look(storage, row)
-            if there is None or not there.right:
-                continue
-            self._settle(row)
-            self._refusals.pop(row.storage, None)
-            return
+            if there is not None and there.right:
+                return True
         raise OSError("what was written was not read back; the volume changes or lies")
 
     def _look(self, storage: VolumeStorage, row: MediaFile) -> _Seen | None:
@@ -295,15 +236,97 @@ class Drain:
 
     @contextlib.contextmanager
     def _locked(self, row: MediaFile) -> Iterator[None]:
-        """Lock the row; raise ``_Gone`` unless it is still alive and spooled."""
+        """Lock the row; raise ``_Gone`` unless it is still to be brought."""
         with transaction.atomic(using=self._using):
             if connections[self._using].vendor == "postgresql":
                 with connections[self._using].cursor() as cursor:
                     cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK}'")
-            rows = MediaFile.objects.using(self._using).select_for_update()
-            if rows.filter(pk=row.pk, state=State.STORED, spooled=True).first() is None:
+            if self._wanted().select_for_update().filter(pk=row.pk).first() is None:
                 raise _Gone
             yield
+
+
+class Drain(IntoVolume):
+    """One pass over what is spooled. *stop* is asked between two files."""
+
+    def __init__(
+        self, *, progress: Progress = lambda _what, _done, _total: None, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        super().__init__()
+        self.spool = spool()
+        self.report = Report()
+        self._progress, self._stop = progress, stop
+        self._refusals: dict[str, int] = {}
+        self._silent: set[str] = set()
+
+    def run(self) -> Report:
+        """Drain what can be drained now. What cannot is in the report; only the catalog's absence raises."""
+        wanted = list(self._rows().values_list("pk", "name", "storage"))
+        for done, (pk, name, alias) in enumerate(wanted):
+            if self._stop():
+                return self.report
+            self._progress("files", done, len(wanted))
+            if f"storage {alias}" not in self.report.away:
+                self._try(pk, name, alias)
+        if wanted:
+            self._progress("files", len(wanted), len(wanted))
+        self._look_through()
+        return self.report
+
+    def _wanted(self) -> Any:
+        return super()._wanted().filter(spooled=True)
+
+    def _rows(self) -> Any:
+        """Return the rows to look at. Those of this node first, so that nodes that drain at once do not meet."""
+        mine = Case(When(node=str(setting("NODE")), then=Value(0)), default=Value(1))
+        rows = MediaFile.objects.using(self._using).filter(spooled=True)
+        # A deleted file whose bytes are gone already waits for its last removal.
+        return rows.exclude(state=State.PURGED, deleted__gt=timezone.now() - LATE).order_by(mine, "pk")
+
+    def _try(self, pk: Any, name: str, alias: str) -> None:
+        report = self.report
+        try:
+            self._one(pk)
+        except StorageFull as error:
+            report.waiting[name] = str(error)
+        except StorageUnavailable as error:
+            self._refused(name, alias, error)
+        except _NoCopy as error:
+            (report.away if error.away else report.waiting)[name] = str(error)
+        except OperationalError as error:
+            if connections[self._using].connection is None or not connections[self._using].is_usable():
+                raise
+            report.waiting[name] = f"its row is locked: {' '.join(str(error).split())}"
+        except (OSError, ImproperlyConfigured) as error:  # the latter: its storage is no longer in STORAGES
+            report.waiting[name] = str(error)
+
+    def _refused(self, name: str, alias: str, error: StorageUnavailable) -> None:
+        """Tell a volume that is away, or refuses everything, from one that cannot take or give one file."""
+        self._refusals[alias] = self._refusals.get(alias, 0) + 1
+        try:
+            storages[alias].verify()  # type: ignore[attr-defined]  # only a VolumeStorage has spooled files
+        except StorageUnavailable:
+            self._refusals[alias] = _REFUSALS
+        if self._refusals[alias] >= _REFUSALS:
+            self.report.away[f"storage {alias}"] = str(error)
+        self.report.waiting[name] = str(error)
+
+    # One file.
+
+    def _one(self, pk: Any) -> None:
+        rows = MediaFile.objects.using(self._using).filter(pk=pk, spooled=True)
+        row = rows.first()
+        if row is not None and row.state == State.STORED:
+            storage = storages[row.storage]
+            if not isinstance(storage, VolumeStorage):
+                raise ImproperlyConfigured(f"{row.storage} is not a storage on a volume")
+            if self._bring(storage, row):
+                self._settle(row)
+                self._refusals.pop(row.storage, None)
+                return
+            row = rows.first()
+        if row is not None and row.state != State.STORED:  # None: another drain was here
+            self._bury(row)
 
     @contextlib.contextmanager
     def _source(self, row: MediaFile) -> Iterator[Any]:

@@ -970,6 +970,7 @@ def _now() -> datetime:
 def _write_json(path: Path, value: Any) -> None:
     new = path.with_name(f".{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o640)  # others may pass through the directory
         json.dump(value, file)
         file.flush()
         os.fsync(file.fileno())

@@ -11,6 +11,7 @@ INSIDE = {
     "tribrick",
     "tribrick.admin",
     "tribrick.apps",
+    "tribrick.fallback",
     "tribrick.storage.asynchronous",
     "tribrick.storage.derived",
     "tribrick.storage.distributed",

@@ -239,7 +239,13 @@ class VolumeStorage(Catalogued, FileSystemStorage):
         """Return the form in which files are written."""
         return Saving(mount, relative)
 
+    def _refuse_while_closed(self) -> None:
+        """Refuse a new file while the operator holds uploads up: the site is between volume and own disks."""
+        if self.catalogued and (mark := setting("CLOSED")) and os.path.lexists(mark):
+            raise StorageUnavailable(errno.EROFS, "uploads are held up for a moment; try again", str(mark))
+
     def _write(self, name: str, content: File[Any]) -> StoredFile:
+        self._refuse_while_closed()
         with _readable(content) as source:
             try:
                 return self._write_here(name, source)
@@ -333,6 +339,7 @@ class VolumeStorage(Catalogued, FileSystemStorage):
             raise io.UnsupportedOperation(f"mode {mode!r}: stored files are never changed; save a new one")
         if kind == "r":
             return OpenedFile(self._reader(name, mode), name, functools.partial(self._reader, name))
+        self._refuse_while_closed()
         enter = None
         if self.has_catalog:
             name = self._canonical(name)

@@ -249,6 +249,23 @@ def test_the_mirror(tmp_path):
         health.see_mirror(config)
 
 
+def test_the_mode_without_glusterfs_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "FALLBACK", str(tmp_path / "mark"))
+    monkeypatch.setattr(health, "HELD", str(tmp_path / "held"))
+    assert health.see_fallback(CONFIG) == []
+    (tmp_path / "mark").write_text(json.dumps({"since": "2026-11-01T10:00:00Z"}))
+    (tmp_path / "held").write_text("")
+    said = only(health.see_fallback(CONFIG))
+    assert said.severity == "warning" and "2026-11-01T10:00:00Z" in said.what
+    assert said.command == "playbooks/fallback_disable.yml"
+    old = time.time() - health.HELD_SECONDS - 60
+    os.utime(tmp_path / "held", (old, old))
+    assert [one.severity for one in health.see_fallback(CONFIG)] == ["warning", "error"]
+    (tmp_path / "mark").write_text("{")
+    with pytest.raises(ValueError, match="Expecting"):  # look() makes a finding of it
+        health.see_fallback(CONFIG)
+
+
 def test_a_configuration_of_another_version_is_refused():
     for text in (
         "",

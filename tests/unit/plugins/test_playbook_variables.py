@@ -106,3 +106,57 @@ def test_without_a_volume_an_acknowledged_file_is_on_two_of_three(found, backend
     transport = json.loads(made["environment"]["TRIBRICK_TRANSPORT"])
     assert transport["base_url"] == "https:///files/"
     assert transport["certificate"].endswith("/client.crt")
+
+
+def test_without_glusterfs_sites_receivers_and_mirrors_work_on_the_trees(tmp_path: Path) -> None:
+    """The variables with which fallback_enable imports a playbook win over the inventory's."""
+    plays = yaml.safe_load((ROOT / "playbooks/fallback_enable.yml").read_text(encoding="utf-8"))
+    imports = {
+        play["ansible.builtin.import_playbook"]: play["vars"]
+        for play in plays
+        if "vars" in play and "hosts" not in play
+    }
+    [site, *_] = yaml.safe_load((ROOT / "playbooks/deploy_site.yml").read_text(encoding="utf-8"))
+    [receiver] = yaml.safe_load((ROOT / "playbooks/deploy_receiver.yml").read_text(encoding="utf-8"))
+    [mirror] = yaml.safe_load((ROOT / "playbooks/deploy_mirror.yml").read_text(encoding="utf-8"))
+    web = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_web"))
+    told = {
+        "deploy_site.yml": "django_site_environment, media_web_media_root, media_web_sentinel, media_web_peers"
+        ", django_site_umask",
+        "deploy_receiver.yml": "media_receiver_root, media_receiver_server, media_receiver_limit_mib",
+        "deploy_mirror.yml": "media_mirror_source, media_mirror_volume_id, media_backend",
+    }
+    variables = {
+        "deploy_site.yml": {**site["vars"], **web},
+        "deploy_receiver.yml": {**receiver["vars"], **receiver["roles"][0]["vars"]},
+        "deploy_mirror.yml": mirror["roles"][0]["vars"],
+    }
+    assert set(imports) == set(told)
+    secrets = {"vault_tribrick_django_secret_key": "x", "tribrick_database_url": "postgres://x"}
+    for name, words in told.items():
+        copy = {"dest": str(tmp_path / f"{name}.json"), "content": f"{{{{ [{words}] | to_json }}}}", "mode": "0600"}
+        task = {"name": name, "ansible.builtin.copy": copy}
+        given = {**variables[name], **secrets}
+        play = {"hosts": "node1", "connection": "local", "gather_facts": False, "vars": given, "tasks": [task]}
+        (tmp_path / name).write_text(yaml.safe_dump([play]), encoding="utf-8")
+    book = [{"ansible.builtin.import_playbook": name, "vars": given} for name, given in imports.items()]
+    (tmp_path / "play.yml").write_text(yaml.safe_dump(book), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "ansible", "playbook", f"--inventory={ROOT}/inventories/example",
+         f"--extra-vars=ansible_python_interpreter={sys.executable}", str(tmp_path / "play.yml")],
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in told}
+    tree = "/srv/media-mirror/live"
+    environment, root, sentinel, peers, umask = found["deploy_site.yml"]
+    assert (environment["TRIBRICK_BACKEND"], environment["MEDIA_ROOT"]) == ("hybrid", tree)
+    assert environment["TRIBRICK_MEDIA_HOSTS"] == "node2:7443,node3:7443" and "TRIBRICK_SPOOL" not in environment
+    assert str(environment["TRIBRICK_WRITE_QUORUM"]) == "1", "the node itself and one other"
+    assert environment["TRIBRICK_SENTINEL_ID"] == "00000000-0000-4000-8000-000000000000", "by which the volume is known"
+    assert (root, sentinel, umask) == (tree, "", "0002") and [one["name"] for one in peers] == ["node2", "node3"]
+    assert found["deploy_receiver.yml"] == [tree, "tribrick", 0]
+    source, identity, backend = found["deploy_mirror.yml"]
+    assert (source, backend) == (tree, "volume") and identity != environment["TRIBRICK_SENTINEL_ID"]
+    assert len(identity) == 36

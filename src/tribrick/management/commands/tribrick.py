@@ -8,6 +8,7 @@ import logging
 import signal
 import sqlite3
 import sys
+import syslog
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ EXIT = """\
 Exit codes: 0 all in order, 1 something differs or could not be done, 2 it could not be found out
 (a copy or the database is away)."""
 _SHOWN = 20
+_EVERY = 10.0
 
 
 class Command(BaseCommand):
@@ -150,6 +152,33 @@ class Command(BaseCommand):
         how.add_argument("--once", action="store_true", help="one pass, and end (default)")
         how.add_argument("--watch", action="store_true", help="go on, with a pass every few seconds")
         one.add_argument("--interval", type=_positive, default=5, metavar="S", help="watch: seconds")
+
+        one = command(
+            "fallback", self._fallback,
+            "Work without GlusterFS for a time: fill a directory outside it, and merge it back",
+            "complete writes into --tree what the catalog says is stored and is not right there, from --from (in\n"
+            "the order given), the spool here, --volume and the other nodes, and removes what was deleted. merge\n"
+            "writes to --volume what is not right there, from --tree and the other nodes, and reads it back. Both\n"
+            "tell the number of the newest change that they saw; with --after only later changes are looked at.",
+        )  # fmt: skip
+        one.add_argument(
+            "what", choices=["status", "complete", "merge"], help="what there is to do; the way in; the way back"
+        )
+        storage(one)
+        one.add_argument("--tree", required=True, metavar="DIRECTORY", help="the directory outside GlusterFS")
+        one.add_argument("--volume", metavar="DIRECTORY", help="where the volume is mounted")
+        one.add_argument(
+            "--from", action="append", default=[], dest="sources", metavar="NAME=DIRECTORY",
+            help="complete: a directory with copies, such as mirror=/srv/media-mirror/current; may be repeated",
+        )  # fmt: skip
+        one.add_argument(
+            "--foreign", metavar="NAME", help="complete: take files that the catalog does not know from this source"
+        )
+        one.add_argument("--after", type=_natural, default=0, metavar="N", help="only changes after this one")
+        one.add_argument(
+            "--reserve", type=_natural, default=1024, metavar="MIB", help="complete: what stays free on the disk (1024)"
+        )
+        apply(one)
 
         one = command("backfill", self._backfill, "Put every file into the outbox for a new media host")
         storage(one)
@@ -474,6 +503,54 @@ class Command(BaseCommand):
                 before = report
             stop.wait(options["interval"])
 
+    # Without GlusterFS.
+
+    def _fallback(self, options: dict[str, Any]) -> None:
+        from tribrick import fallback
+
+        tree, alias = options["tree"], options["storage"]
+        if not tree.startswith("/"):
+            raise CommandError(f"--tree {tree}: give an absolute path")
+        given: dict[str, Any] = {
+            "alias": alias, "after": options["after"], "apply": options["apply"], "progress": self._told_now_and_then(),
+        }  # fmt: skip
+        if options["what"] == "complete":
+            directories = dict(_named(one) for one in options["sources"])
+            where = fallback.sources(alias, directories=directories, volume=options["volume"])
+            if options["foreign"] and options["foreign"] not in directories:
+                raise CommandError(f"--foreign {options['foreign']}: there is no --from of this name")
+            foreign = next((one for one in where if one.name == options["foreign"]), None)
+            reserve = options["reserve"] << 20
+            completed = fallback.Complete(tree, where, foreign=foreign, reserve=reserve, **given).run()
+            self._answer(options, {"applied": options["apply"], **vars(completed)}, _told_complete(completed))
+            if completed.missing:
+                raise CommandError(f"{len(completed.missing)} files could not be had", returncode=1)
+            return
+        if not options["volume"]:
+            raise CommandError(f"{options['what']} needs --volume")
+        if options["what"] == "status":
+            found = fallback.status(tree, options["volume"], alias)
+            self._answer(options, vars(found), [f"{key}: {value}" for key, value in vars(found).items()])
+            return
+        merged = fallback.Merge(tree, options["volume"], **given).run()
+        self._answer(options, {"applied": options["apply"], **vars(merged)}, _told_merge(merged))
+        if merged.failed:
+            raise CommandError(f"{len(merged.failed)} files are not on the volume", returncode=1)
+
+    def _told_now_and_then(self) -> audit.Progress:
+        """Return a progress line on a terminal; elsewhere a line in the journal every ten seconds."""
+        if sys.stderr.isatty():
+            return self._progress()
+        told = [time.monotonic()]
+
+        def show(what: str, done: int, total: int) -> None:
+            if time.monotonic() - told[0] >= _EVERY:
+                told[0] = time.monotonic()
+                syslog.syslog(syslog.LOG_INFO, f"{done} of {total} {what}")
+
+        syslog.openlog("tribrick-fallback")
+        return show
+
     def _backfill(self, options: dict[str, Any]) -> None:
         count = audit.backfill(options["host"], options["storage"], self._progress())
         self._answer(options, {"queued": count}, [f"{count} files put into the outbox for {options['host']}"])
@@ -494,6 +571,35 @@ def _told(report: Any) -> list[str]:
     text += [f"waits: {name}: {why}" for name, why in report.waiting.items()]
     text += [f"without a row, moved to {QUARANTINE}: {name}" for name in report.quarantined]
     text.append(f"{len(report.drained)} drained, {len(report.removed)} removed, {report.young} too young to tell")
+    return text
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Return the two halves of ``NAME=DIRECTORY``."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path.startswith("/")):
+        raise CommandError(f"--from {text}: give NAME=DIRECTORY, the directory as an absolute path")
+    return name, path
+
+
+def _told_complete(done: Any) -> list[str]:
+    text = [f"missing: {name}: {why}" for name, why in done.missing.items()]
+    text += [f"away: {name}: {why}" for name, why in done.away.items()]
+    came = ", ".join(f"{count} from {name}" for name, count in done.copied.items()) or "none came"
+    text.append(
+        f"{done.right} were right, {came}, {done.foreign} unknown to the catalog, {len(done.removed)} deleted ones "
+        f"removed, {len(done.missing)} missing; up to change {done.number}"
+    )
+    return text
+
+
+def _told_merge(done: Any) -> list[str]:
+    text = [f"failed: {name}: {why}" for name, why in done.failed.items()]
+    text += [f"unknown to the catalog, left in the tree: {name}" for name in done.foreign]
+    text.append(
+        f"{done.right} were right, {done.count} written, {done.removed} deleted ones removed once more, "
+        f"{len(done.failed)} failed; up to change {done.number}"
+    )
     return text
 
 
