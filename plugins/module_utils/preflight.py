@@ -193,11 +193,11 @@ def about_address(wish: Wish) -> list[str]:
     if outside:
         listed = join(f"{host} ({plain[host]})" for host in outside)
         found.append(
-            f"tribrick_vip is {vip}, but {listed} {'lies' if len(outside) == 1 else 'lie'} outside of {network}: only hosts "
-            "of one network can hand an address over. Correct address and prefix, or put a balancer in front."
+            f"tribrick_vip is {vip}, but {listed} {'lies' if len(outside) == 1 else 'lie'} outside of {network}: only "
+            "hosts of one network can hand an address over. Correct address and prefix, or put a balancer in front."
         )
     if len(nodes) < 2:
-        found.append("tribrick_vip needs two hosts in app_servers at the least: with one nobody could take the address over.")
+        found.append("tribrick_vip needs two hosts in app_servers at the least: with one nobody could take it over.")
     return found
 
 
@@ -449,15 +449,16 @@ def about_holders(facts: Facts, wish: Wish) -> list[str]:
     address = wish["vip"].partition("/")[0]
     for host, there in seen.items():
         if there["interface"] is None:
-            what = f"no interface {wish['vip_interface']}" if wish["vip_interface"] else "its own address on no interface"
+            named = wish["vip_interface"]
+            what = f"no interface {named}" if named else "its own address on no interface"
             found.append(
                 f"{host} has {what}: name the interface that gets {address} in tribrick_vip_interface, or correct "
                 "the host's address in tribrick_hosts."
             )
         if there["held"] and not there["ours"]:
             found.append(
-                f"{host} has tribrick_vip ({address}) on {there['held']} already, and not from the kit: take it away there "
-                "and from the host's network configuration, or choose a free address."
+                f"{host} has tribrick_vip ({address}) on {there['held']} already, and not from the kit: take it away "
+                "there and from the host's network configuration, or choose a free address."
             )
     others = sorted({there["answered_by"] for there in seen.values() if there["answered_by"]})
     # Where the kit has been, it is a node that holds the address, perhaps one that is left out.

@@ -46,7 +46,7 @@ options:
     description: Number to look up among groups.
     type: int
   vip:
-    description: An address that the site is to have. Looked up among the host's own, and asked for on its network (ARP).
+    description: Address that the site is to have. Looked up among the host's own, and asked for on its network.
     type: str
   vip_interface:
     description: Interface that gets it. Empty is the one that has O(own_address).
@@ -312,7 +312,8 @@ def plain(address: str) -> bool:
 def who_has(address: str, mac: bytes) -> bytes:
     """An ARP probe (RFC 5227): it asks without claiming anything."""
     ethernet = b"\xff" * 6 + mac + struct.pack("!H", 0x0806)
-    return ethernet + struct.pack("!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, mac, bytes(4), bytes(6), socket.inet_aton(address))
+    head = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1)
+    return ethernet + head + mac + bytes(4) + bytes(6) + socket.inet_aton(address)
 
 
 def answer_to(frame: bytes, address: str) -> str | None:

@@ -33,6 +33,7 @@ EXPECTED = {
     "docs/measurements.md",
     "docs/mirror.md",
     "docs/offline.md",
+    "docs/one-address.md",
     "docs/operations.md",
     "docs/ports.md",
     "docs/receiver.md",

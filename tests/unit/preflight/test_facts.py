@@ -172,26 +172,34 @@ def test_an_arp_answer_is_believed_only_for_the_address_that_was_asked_for() -> 
 
 
 @pytest.mark.parametrize(
-    ("vip", "wanted", "written", "asked", "found"),
+    ("vip", "wanted", "written", "interface", "held", "ours", "asked"),
     [
-        ("192.0.2.10", "", "", True, {"interface": "eth0", "held": None, "ours": False, "answered_by": "02:aa"}),
-        ("192.0.2.10", "eth1", "", True, {"interface": "eth1", "held": None, "ours": False, "answered_by": "02:aa"}),
-        ("192.0.2.10", "eth9", "", False, {"interface": None, "held": None, "ours": False, "answered_by": None}),
-        ("198.51.100.7", "", "", False, {"interface": "eth0", "held": "eth1", "ours": False, "answered_by": None}),
-        ("192.0.2.10", "", " 192.0.2.10/24", False, {"interface": "eth0", "held": None, "ours": True, "answered_by": None}),
-        ("192.0.2.1", "", " 192.0.2.10/24", True, {"interface": "eth0", "held": None, "ours": False, "answered_by": "02:aa"}),
-        ("photos", "", "", False, {"interface": "eth0", "held": None, "ours": False, "answered_by": None}),
+        ("192.0.2.10", "", "", "eth0", None, False, True),
+        ("192.0.2.10", "eth1", "", "eth1", None, False, True),
+        ("192.0.2.10", "eth9", "", None, None, False, False),
+        ("198.51.100.7", "", "", "eth0", "eth1", False, False),
+        ("192.0.2.10", "", " 192.0.2.10/24", "eth0", None, True, False),
+        ("192.0.2.1", "", " 192.0.2.10/24", "eth0", None, False, True),
+        ("photos", "", "", "eth0", None, False, False),
     ],
-)  # fmt: skip
+)
 def test_the_sites_address_as_a_host_sees_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vip: str, wanted: str, written: str, asked: bool, found: object
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vip: str,
+    wanted: str,
+    written: str,
+    interface: str | None,
+    held: str | None,
+    ours: bool,
+    asked: bool,
 ) -> None:
-    asks: list[str] = []
     (tmp_path / "conf").write_text(written)
     monkeypatch.setattr(module, "ADDRESS", str(tmp_path / "conf"))
-    monkeypatch.setattr(module, "asked_for", lambda address, *_: asks.append(address) or "02:aa")
-    assert module.one_address(module.interfaces(LINKS), vip, "192.0.2.11", wanted, 1.0) == found
-    assert asks == ([vip] if asked else [])
+    monkeypatch.setattr(module, "asked_for", lambda address, link, _: f"{address} on {link}")
+    found = module.one_address(module.interfaces(LINKS), vip, "192.0.2.11", wanted, 1.0)
+    said = f"{vip} on {interface}" if asked else None
+    assert found == {"interface": interface, "held": held, "ours": ours, "answered_by": said}
 
 
 def test_the_file_with_the_address_is_the_roles() -> None:
