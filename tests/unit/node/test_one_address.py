@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import shutil
 import socket
 import socketserver
@@ -66,13 +67,18 @@ def test_keepalived_speaks_to_the_other_nodes_alone_one_a_line() -> None:
         assert line in lines
 
 
-def test_only_a_dead_edge_gives_the_address_away_a_site_that_is_not_ready_lowers_the_priority() -> None:
+def test_a_dead_nginx_weighs_more_than_a_site_that_is_not_ready_and_somebody_always_holds_the_address() -> None:
     text = keepalived()
-    edge, _, ready = text.partition("vrrp_script edge_alive {")[2].partition("vrrp_script site_ready {")
-    assert "weight" not in edge, "without a weight a failing check gives the address up"
-    assert "http://127.0.0.1:80/_tribrick_alive" in edge
-    assert "weight -50" in ready.partition("\n}")[0]
-    assert "--unix-socket /run/tribrick-balancer/site.sock http://localhost/readyz" in ready
+    found = re.findall(r"vrrp_script (\w+) {(.*?)\n}", text, re.DOTALL)
+    checks = {
+        name: (re.findall(r"http://\S+[^\s\"]", body), int(body.rpartition("weight ")[2])) for name, body in found
+    }
+    (edge, dead), (ready, sick) = checks["edge_alive"], checks["site_ready"]
+    assert edge == ["http://127.0.0.1:80/_tribrick_alive"] and ready == ["http://localhost/readyz"]
+    assert "--unix-socket /run/tribrick-balancer/site.sock http://localhost/readyz" in text
+    # Every node starts with the same priority; a check without a weight would leave the address to nobody.
+    assert 100 > 100 + sick > 100 + dead > 0
+    assert {word for word in text.split("track_script {")[1].split() if word != "}"} == set(checks)
 
 
 def test_keepalived_takes_the_configuration(tmp_path: Path) -> None:
