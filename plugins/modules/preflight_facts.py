@@ -125,7 +125,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 GLUSTERD = "/var/lib/glusterd"
 SITE = "/etc/tribrick/site.env"  # as the role django_site writes it
-ADDRESS = "/etc/tribrick/keepalived.conf"  # as the role media_vip writes it
+ADDRESS = "/etc/tribrick/keepalived.conf"  # as the role media_vip writes them
+BALANCER = "/etc/tribrick/haproxy.cfg"
 PINS_BEGIN = "# BEGIN tribrick names"  # as the module host_pins writes them
 PINS_END = "# END tribrick names"
 
@@ -436,6 +437,7 @@ def main() -> None:
         "pool": pool(),
         "pins": kit_pins(read("/etc/hosts")),
         "backend": backend(read(SITE)),
+        "one_address": any(os.path.exists(path) for path in (ADDRESS, BALANCER)),
     }
 
     if wanted["vip"]:

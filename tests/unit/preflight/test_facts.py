@@ -204,5 +204,6 @@ def test_the_sites_address_as_a_host_sees_it(
 
 def test_the_file_with_the_address_is_the_roles() -> None:
     role = Path(__file__).resolve().parents[3] / "roles/media_vip"
+    assert f": {module.BALANCER}\n" in (role / "vars/main.yml").read_text()
     assert f": {module.ADDRESS}\n" in (role / "vars/main.yml").read_text()
     assert "\n        {{ media_vip_address }}\n" in (role / "templates/keepalived.conf.j2").read_text()
