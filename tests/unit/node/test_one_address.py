@@ -133,7 +133,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         site = self.site
         if self.path == "/readyz":
-            self.answer(200 if site.ready else 503, "ready" if site.ready else "not ready")
+            # A site that wants HTTPS sends plain HTTP elsewhere.
+            https = self.headers.get("X-Forwarded-Proto") == "https" and self.headers.get("Host")
+            self.answer(200 if site.ready and https else 503, "ready" if site.ready else "not ready")
         elif self.path == "/healthz":
             self.answer(200, "alive")
         else:
