@@ -209,6 +209,7 @@ class Balanced:
             issue(work, name, name, ca)
             self.sites[name] = Fake(name, work / f"{name}.site")
         issue(work, "stranger", "node4", ca)
+        issue(work, "site", "node2.site", ca)
         (work / "503.http").write_text(render("media_vip", "503.http.j2"))
         for name in NODES:
             self.start(name)
@@ -385,5 +386,6 @@ def test_strangers_get_nowhere(balanced: Balanced) -> None:
 
     assert page("node3") == 200
     assert page("stranger") == 403, "of the same CA, and no node of the site"
+    assert page("site") == 403, "a process of the site cannot say who the visitor is"
     with pytest.raises(OSError, match=r"certificate required|reset|closed"):
         page("")
