@@ -455,7 +455,8 @@ def about_holders(facts: Facts, wish: Wish) -> list[str]:
                 f"{host} has {what}: name the interface that gets {address} in tribrick_vip_interface, or correct "
                 "the host's address in tribrick_hosts."
             )
-        if there["held"] and not there["ours"]:
+        # A host's own address has a sentence of its own.
+        if there["held"] and not there["ours"] and wish["addresses"].get(host) != address:
             found.append(
                 f"{host} has tribrick_vip ({address}) on {there['held']} already, and not from the kit: take it away "
                 "there and from the host's network configuration, or choose a free address."
