@@ -331,7 +331,12 @@ FAULTS: list[tuple[str, Callable[[], Site], Callable[[Site], Any], list[str]]] =
     ("vip as a name", fresh, vip("photos.example"), ["'photos.example'", "is no address"]),
     ("vip of IPv6", fresh, vip("2001:db8::10/64"), ["2001:db8::10/64", "IPv6", "give an address of IPv4"]),
     ("vip is the network", fresh, vip("192.0.2.0/24"), ["no host's address in 192.0.2.0/24"]),
-    ("vip is a node's own", fresh, vip("192.0.2.12/24", node2={"held": "eth0"}), ["the own address of node2", "Choose a free address"]),
+    (
+        "vip is a node's own",
+        fresh,
+        vip("192.0.2.12/24", node2={"held": "eth0"}),
+        ["the own address of node2", "Choose a free address"],
+    ),
     ("vip is the database's own", fresh, vip("192.0.2.21/24"), ["the own address of db1", "Choose a free address"]),
     (
         "vip outside",
