@@ -95,6 +95,7 @@ class Config:
     ledger: str = ""
     clock_seconds: int = 5
     heal_seconds: int = 600
+    address: str = ""
     mirror: str = ""
     mirror_seconds: int = 10800
     notify_command: str = ""
@@ -374,6 +375,18 @@ def judge_mirror(config: Config, age: float, problems: Sequence[str] = ()) -> li
     return [Finding("mirror", config.node, text, "warning", "playbooks/deploy_mirror.yml", None)]
 
 
+def judge_address(config: Config, held: bool, why: str) -> list[Finding]:
+    """The site's one address; *why* it does not answer, empty when it does."""
+    found = []
+    if held:
+        text = f"holds the site's address {config.address}"
+        found.append(Finding("address-held", config.node, text, "note", "nothing to do"))
+    if why:
+        text = f"the site's address {config.address} does not answer ({why})"
+        found.append(Finding("address", "cluster", text, "error", "playbooks/deploy_vip.yml"))
+    return found
+
+
 # --- remembering and telling, pure ----------------------------------------------------------
 
 
@@ -455,6 +468,11 @@ def merge(answers: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
                     found[finding.key] = finding
         if error is not None:
             found[error.key] = error
+    holders = [finding for finding in found.values() if finding.code == "address-held" and finding.host not in away]
+    if len(holders) > 1:
+        text = f"{' and '.join(sorted(f.host for f in holders))} hold the site's address at the same time"
+        mend = "look at the network between the nodes (VRRP); playbooks/deploy_base.yml puts the firewall right"
+        found["address-twice cluster"] = Finding("address-twice", "cluster", text, "error", mend)
     merged = []
     for finding in found.values():
         if finding.host in away and finding.code != "unreachable":
@@ -768,6 +786,26 @@ def see_web(config: Config) -> list[Finding]:
     return []
 
 
+def see_address(config: Config) -> list[Finding]:
+    """Whether the site's address is here, and whether a web server answers to it, wherever it is."""
+    if not config.address:
+        return []
+    code, out, err = run(["ip", "-json", "address", "show", "to", config.address])
+    if code != 0:
+        raise ValueError(err.strip()[-200:])
+    held = any("ifname" in link for link in json.loads(out or "[]"))
+    connection = http.client.HTTPConnection(config.address, 80, timeout=3)
+    try:
+        connection.request("HEAD", "/_tribrick_alive", headers={"Host": config.address})
+        connection.getresponse()
+        why = ""
+    except (OSError, http.client.HTTPException) as error:
+        why = str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return judge_address(config, held, why)
+
+
 def see_databases(config: Config) -> list[Finding]:
     """One of the database's addresses takes a connection."""
     errors = []
@@ -839,6 +877,7 @@ def look(config: Config) -> list[Finding]:
         see_space,
         see_clocks,
         see_web,
+        see_address,
         see_databases,
         see_ledger,
         see_mirror,

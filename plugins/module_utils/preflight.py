@@ -92,7 +92,7 @@ def about_inventory(wish: Wish) -> list[str]:
                 f"The secret {name} is missing or empty: scripts/new-site makes it; put it into "
                 "group_vars/all/vault.yml with 'ansible-vault edit'."
             )
-    return found
+    return found + about_address(wish)
 
 
 def has_volume(wish: Wish) -> bool:
@@ -163,6 +163,45 @@ def about_volume(wish: Wish) -> list[str]:
             "tribrick_volume_id to a new UUID, or make the inventory with scripts/new-site."
         )
     return found
+
+
+def about_address(wish: Wish) -> list[str]:
+    """The one address of the site, by the inventory alone."""
+    vip, nodes = wish["vip"], list(wish["app_servers"])
+    if not vip:
+        return []
+    try:
+        wanted = ipaddress.ip_interface(vip)
+    except ValueError:
+        return [_NO_ADDRESS.format(vip=vip, why="is no address")]
+    if wanted.version != 4:
+        return [_NO_ADDRESS.format(vip=vip, why="is of IPv6, which is not built yet")]
+    network = wanted.network
+    if "/" not in vip or network.prefixlen > 30:
+        return [_NO_ADDRESS.format(vip=vip, why="says nothing of the network that it belongs to")]
+    found = []
+    if wanted.ip in (network.network_address, network.broadcast_address):
+        found.append(_NO_ADDRESS.format(vip=vip, why=f"is no host's address in {network}"))
+    plain = _plain({host: address for host, address in wish["addresses"].items() if address})
+    for host in wish["hosts"]:
+        if plain.get(host) == str(wanted.ip):
+            found.append(
+                f"tribrick_vip is {wanted.ip}, which is the own address of {host}: it moves from node to node, so it "
+                "must be one that no host has. Choose a free address of the same network."
+            )
+    outside = [host for host in nodes if host in plain and ipaddress.ip_address(plain[host]) not in network]
+    if outside:
+        listed = join(f"{host} ({plain[host]})" for host in outside)
+        found.append(
+            f"tribrick_vip is {vip}, but {listed} {'lies' if len(outside) == 1 else 'lie'} outside of {network}: only "
+            "hosts of one network can hand an address over. Correct address and prefix, or put a balancer in front."
+        )
+    if len(nodes) < 2:
+        found.append("tribrick_vip needs two hosts in app_servers at the least: with one nobody could take it over.")
+    return found
+
+
+_NO_ADDRESS = "tribrick_vip is '{vip}', which {why}: give an address of IPv4 with its prefix, such as 192.0.2.10/24."
 
 
 def about_variables(facts: Facts, wish: Wish) -> list[str]:
@@ -403,6 +442,35 @@ def about_paths(host: str, facts: Mapping[str, Any], present: Iterable[str]) -> 
     ]
 
 
+def about_holders(facts: Facts, wish: Wish) -> list[str]:
+    """Who has the site's address now, on the hosts and on their network."""
+    found = []
+    seen = {host: entry["facts"]["vip"] for host, entry in facts.items() if entry["facts"].get("vip")}
+    address = wish["vip"].partition("/")[0]
+    for host, there in seen.items():
+        if there["interface"] is None:
+            named = wish["vip_interface"]
+            what = f"no interface {named}" if named else "its own address on no interface"
+            found.append(
+                f"{host} has {what}: name the interface that gets {address} in tribrick_vip_interface, or correct "
+                "the host's address in tribrick_hosts."
+            )
+        # A host's own address has a sentence of its own.
+        if there["held"] and not there["ours"] and wish["addresses"].get(host) != address:
+            found.append(
+                f"{host} has tribrick_vip ({address}) on {there['held']} already, and not from the kit: take it away "
+                "there and from the host's network configuration, or choose a free address."
+            )
+    others = sorted({there["answered_by"] for there in seen.values() if there["answered_by"]})
+    # Where the kit has been, it is a node that holds the address, perhaps one that is left out.
+    if others and not any(there["ours"] or there["held"] for there in seen.values()):
+        found.append(
+            f"tribrick_vip ({address}) answers already, from the hardware address {join(others)}, which is none of the "
+            "site's nodes: two hosts with one address cut each other off. Choose a free address."
+        )
+    return found
+
+
 # --- storage ------------------------------------------------------------------------------
 
 
@@ -593,6 +661,7 @@ def findings(facts: Facts, wish: Wish) -> list[str]:
         found += about_names(host, here, wish) + about_paths(host, here, present)
         if has_volume(wish):
             found += about_brick(host, here, wish, known_ids)
+    found += about_holders(seen, wish) if wish["vip"] else []
     found += about_switch(seen, wish)
     return found + (about_bricks(seen, wish) + about_pool(seen, wish) if has_volume(wish) else [])
 

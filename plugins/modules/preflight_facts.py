@@ -45,6 +45,17 @@ options:
   gid:
     description: Number to look up among groups.
     type: int
+  vip:
+    description: Address that the site is to have. Looked up among the host's own, and asked for on its network.
+    type: str
+  vip_interface:
+    description: Interface that gets it. Empty is the one that has O(own_address).
+    type: str
+    default: ""
+  own_address:
+    description: The host's address as its peers know it.
+    type: str
+    default: ""
   variable_prefixes:
     description: Prefixes of variable names to report. Used by the action plugin alone.
     type: list
@@ -98,10 +109,13 @@ variables:
 import errno
 import glob
 import grp
+import json
 import os
 import pwd
+import select
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -111,6 +125,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 GLUSTERD = "/var/lib/glusterd"
 SITE = "/etc/tribrick/site.env"  # as the role django_site writes it
+ADDRESS = "/etc/tribrick/keepalived.conf"  # as the role media_vip writes them
+BALANCER = "/etc/tribrick/haproxy.cfg"
 PINS_BEGIN = "# BEGIN tribrick names"  # as the module host_pins writes them
 PINS_END = "# END tribrick names"
 
@@ -277,6 +293,73 @@ def connect(address: str, port: int, deadline: float) -> str:
         return (error.strerror or str(error)).lower()
 
 
+def interfaces(answer: str) -> dict[str, list[str]]:
+    """Interface to its addresses, from ``ip -json address show``."""
+    found: dict[str, list[str]] = {}
+    for link in json.loads(answer or "[]"):
+        if "ifname" in link:
+            found[link["ifname"]] = [entry["local"] for entry in link.get("addr_info", []) if "local" in entry]
+    return found
+
+
+def plain(address: str) -> bool:
+    """Whether it is an IPv4 address; what else the inventory may hold has a sentence of its own."""
+    try:
+        return len(socket.inet_pton(socket.AF_INET, address)) == 4
+    except OSError:
+        return False
+
+
+def who_has(address: str, mac: bytes) -> bytes:
+    """An ARP probe (RFC 5227): it asks without claiming anything."""
+    ethernet = b"\xff" * 6 + mac + struct.pack("!H", 0x0806)
+    head = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1)
+    return ethernet + head + mac + bytes(4) + bytes(6) + socket.inet_aton(address)
+
+
+def answer_to(frame: bytes, address: str) -> str | None:
+    """Who says in an ARP frame that the address is theirs: a hardware address, or nobody."""
+    if len(frame) < 42 or frame[12:14] != b"\x08\x06" or frame[28:32] != socket.inet_aton(address):
+        return None
+    return ":".join(f"{byte:02x}" for byte in frame[22:28])
+
+
+def asked_for(address: str, interface: str, deadline: float) -> str | None:
+    """The hardware address that answers to an address on this network; None for nobody."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806)) as wire:
+        wire.bind((interface, 0))
+        mac = wire.getsockname()[4]
+        if len(mac) != 6:
+            return None
+        end = time.monotonic() + deadline
+        again = 0.0
+        while time.monotonic() < end:
+            if time.monotonic() >= again:
+                wire.send(who_has(address, mac))
+                again = time.monotonic() + deadline / 3
+            if select.select([wire], [], [], 0.1)[0]:
+                found = answer_to(wire.recv(2048), address)
+                if found:
+                    return found
+    return None
+
+
+def one_address(links: dict[str, list[str]], vip: str, own: str, wanted: str, deadline: float) -> dict[str, object]:
+    """What there is of the site's address on this host and on its network."""
+    interface = wanted or next((name for name, addresses in links.items() if own in addresses), "")
+    held = next((name for name, addresses in links.items() if vip in addresses), None)
+    ours = f" {vip}/" in read(ADDRESS)
+    found: dict[str, object] = {
+        "interface": interface if interface in links else None,
+        "held": held,
+        "ours": ours,
+        "answered_by": None,
+    }
+    if found["interface"] and not held and not ours and plain(vip):
+        found["answered_by"] = asked_for(vip, interface, deadline)
+    return found
+
+
 def main() -> None:
     start = time.time()
     module = AnsibleModule(
@@ -298,6 +381,9 @@ def main() -> None:
             "user": {"type": "str"},
             "uid": {"type": "int"},
             "gid": {"type": "int"},
+            "vip": {"type": "str"},
+            "vip_interface": {"type": "str", "default": ""},
+            "own_address": {"type": "str", "default": ""},
             "variable_prefixes": {"type": "list", "elements": "str", "default": []},
         },
         required_together=[("brick_mount", "brick_path"), ("user", "uid", "gid")],
@@ -351,7 +437,15 @@ def main() -> None:
         "pool": pool(),
         "pins": kit_pins(read("/etc/hosts")),
         "backend": backend(read(SITE)),
+        "one_address": any(os.path.exists(path) for path in (ADDRESS, BALANCER)),
     }
+
+    if wanted["vip"]:
+        status, words, err = run("ip", "-json", "address", "show")
+        if status != 0:
+            module.fail_json(msg=f"ip address show failed: {(err or words).strip()}")
+        links = interfaces(words)
+        facts["vip"] = one_address(links, wanted["vip"], wanted["own_address"], wanted["vip_interface"], 1.0)
 
     limit = time.monotonic() + wanted["deadline"] + 0.5
     for thread in threads:

@@ -33,6 +33,7 @@ EXPECTED = {
     "docs/measurements.md",
     "docs/mirror.md",
     "docs/offline.md",
+    "docs/one-address.md",
     "docs/operations.md",
     "docs/peer-watch.md",
     "docs/ports.md",
@@ -159,7 +160,7 @@ def table(text: str) -> Iterator[list[str]]:
 def documented_ports(text: str) -> dict[str, tuple[set[str], set[str]]]:
     """Of each rule in docs/ports.md: its ports, and the groups whose hosts may reach them."""
     rules: dict[str, tuple[set[str], set[str]]] = {}
-    for port, _what, who, rule in (row for row in table(text) if len(row) == 4 and row[0][:1].isdigit()):
+    for port, _what, who, rule in (row for row in table(text) if len(row) == 4 and re.match(r"\d|protocol \d", row[0])):
         ports, groups = rules.setdefault(rule.strip("`"), (set(), set()))
         ports.add(port)
         groups.update(re.findall(r"`(\w+)`", who) or [who])
@@ -180,9 +181,12 @@ def actual_ports(play: dict[str, Any], values: dict[str, Any]) -> dict[str, tupl
         return re.sub(r"{{(.*?)}}", value, str(template))
 
     rules = {}
-    for rule in given["firewall_rules"]:
+    for rule in given["__rules"] + given["__vip_rules"]:
+        protocol = rule.get("protocol", "tcp")
+        kind = {"tcp": "", "udp": " (UDP)"}.get(protocol)
+        ports = {f"protocol {protocol}"} if kind is None else {fill(port) + kind for port in rule["ports"]}
         sources = re.sub(r"__\w+", lambda name: str(given[name[0]]), rule["sources"])
-        rules[rule["name"]] = ({fill(port) for port in rule["ports"]}, set(re.findall(r"groups\['(\w+)'\]", sources)))
+        rules[rule["name"]] = (ports, set(re.findall(r"groups\['(\w+)'\]", sources)))
     return rules
 
 

@@ -49,6 +49,7 @@ NODES = {"node1": 11, "node2": 12, "node3": 13}
 SPARE = ("node4", 14)  # takes the place of a node that is lost for good
 DATABASE = ("db1", 21)
 OUTSIDER = ("outsider", 31)
+VIP = 10  # the last number of the address that the nodes hold in turn, if the lab has one
 DISKS = ("volume", "xfs")
 SPOOL_ON_DISK = "/srv/gluster/media/spool"  # beside the brick, on the disk that can be cut
 SSH_USER = "operator"
@@ -63,6 +64,7 @@ examples:
   ./scripts/lab up --image bare        the rollout installs every package itself
   ./scripts/lab up --disks xfs         each brick on a disk of its own, which can be cut, filled or wiped
   ./scripts/lab up --spool             uploads go on while the volume is away
+  ./scripts/lab up --vip               one address for the site, which a node at a time holds
   ./scripts/lab up --no-site           containers and SSH only
   ./scripts/lab up --profile           also names the ten slowest tasks
   ./scripts/lab status [--json]
@@ -305,6 +307,7 @@ def prepare(
     disk_kind: str | None = None,
     backend: str | None = None,
     spool: bool | None = None,
+    vip: bool | None = None,
 ) -> dict[str, Any]:
     """Settle the lab's place and base, make its images, disks and inventory."""
     noted = lab.recall()
@@ -325,6 +328,7 @@ def prepare(
     disk_kind = disk_kind or keep.get("disks", "volume")
     backend = backend or keep.get("backend", BACKENDS[0])
     spool = keep.get("spool", False) if spool is None else spool
+    vip = keep.get("vip", False) if vip is None else vip
     with console.phase("images"):
         tag = images.ensure(console, release, kind)
     if not running.keys() & NODES.keys():
@@ -338,6 +342,7 @@ def prepare(
         kind=kind,
         backend=backend,
         spool=spool,
+        vip=vip,
         tag=tag,
         subnet=noted.get("subnet") or choose_subnet(lab.name, _docker_subnets()),
     )
@@ -349,6 +354,8 @@ def prepare(
         overrides["media_spool"] = True
         if disk_kind == "xfs":  # no other disk of a node loses what was not synced when its power is cut
             overrides["media_spool_path"] = SPOOL_ON_DISK
+    if vip:
+        overrides["tribrick_vip"] = f"{lab.address(VIP)}/{ipaddress.IPv4Network(noted['subnet']).prefixlen}"
     spec = SiteSpec(
         name="lab" if lab.name == "lab" else f"lab-{lab.name}",
         nodes={host: lab.address(last) for host, last in lab.members.items()},
@@ -363,6 +370,12 @@ def prepare(
     if changed:
         console.say(f"wrote {lab.inventory.relative_to(ROOT)}/ ({len(changed)} files)")
     return noted
+
+
+def prepare_as_asked(console: Console, lab: Lab, options: argparse.Namespace) -> dict[str, Any]:
+    """Do so with the options of the command line."""
+    kinds = (options.debian, options.image, options.disks, options.backend)
+    return prepare(console, lab, *kinds, spool=options.spool, vip=options.vip)
 
 
 def create(console: Console, lab: Lab, noted: dict[str, Any], outsider: bool) -> None:
@@ -566,6 +579,19 @@ def node_states(lab: Lab) -> list[dict[str, str]]:
         return list(pool.map(look, NODES))
 
 
+def held(lab: Lab) -> str:
+    """The address that the nodes hold in turn, and who has it now."""
+    address = lab.address(VIP)
+
+    def has(node: str) -> bool:
+        done = capture([*lab.ssh(node), "ip", "-oneline", "address", "show", "to", address], deadline=20, check=False)
+        return done.returncode == 0 and bool(done.stdout.strip())
+
+    states = containers(lab)
+    holders = [node for node in NODES if states.get(node) == "running" and has(node)]
+    return f"http://{address}  held by {' and '.join(holders) or 'nobody'}"
+
+
 def command_up(console: Console, lab: Lab, options: argparse.Namespace) -> None:
     """Build what is missing, start the hosts, roll out, prove."""
     lab.state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -574,7 +600,7 @@ def command_up(console: Console, lab: Lab, options: argparse.Namespace) -> None:
     with console.phase("engine"):
         ensure_ssh(console)
         ensure_engine(console, ROOT / ".lab")
-    noted = prepare(console, lab, options.debian, options.image, options.disks, options.backend, options.spool)
+    noted = prepare_as_asked(console, lab, options)
     create(console, lab, noted, options.outsider)
     if options.no_site:
         console.say(f"without the site, as asked; {console.timings()}")
@@ -594,10 +620,11 @@ def command_up(console: Console, lab: Lab, options: argparse.Namespace) -> None:
         served = prove(console, lab, noted["token"])
         rows = [{**state, "served": row["served"]} for state, row in zip(node_states(lab), served, strict=True)]
     flag = "" if lab.name == "lab" else f" --name {lab.name}"
+    one = f"The site's address:  {held(lab)}\n" if noted.get("vip") else ""
     text = f"""
 {table(rows)}
 
-Open in a browser:  {"  ".join(lab.url(node) for node in NODES)}
+{one}Open in a browser:  {"  ".join(lab.url(node) for node in NODES)}
 Sign in as:         {ACCOUNT} / {noted["password"]}     API token: {noted["token"]}
 Break something:    docker kill {lab.container("node2")}     (silence: docker pause; then look again)
 Repair it:          ./scripts/lab up{flag}
@@ -627,6 +654,8 @@ def command_status(lab: Lab, as_json: bool) -> None:
         return
     print(f"lab '{lab.name}', Debian {noted['release']}, image {noted['kind']}, {noted['subnet']}")
     print(table([{**row, "address": lab.url(row["node"])} for row in node_states(lab)]))
+    if noted.get("vip"):
+        print(f"address {held(lab)}")
     others = {host: state for host, state in containers(lab).items() if host not in NODES}
     for host, state in others.items():
         print(f"{host}: {state}, {lab.addresses.get(host, '')}")
@@ -749,6 +778,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="keep uploads while the volume is away (docs/spool.md); without: as before, at first no",
     )
+    disked.add_argument(
+        "--vip",
+        action=argparse.BooleanOptionalAction,
+        help="one address for the site, which a node at a time holds; without: as before, at first no",
+    )
     commands = main_.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up = commands.add_parser("up", parents=[named, base, disked], help="create or repair, roll out, prove")
     up.add_argument("--outsider", action="store_true", help="one more host that belongs to nothing")
@@ -808,7 +842,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
                 command_down(console, lab)
             else:
                 ensure_engine(console, ROOT / ".lab")
-                prepare(console, lab, options.debian, options.image, options.disks, options.backend, options.spool)
+                prepare_as_asked(console, lab, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -42,6 +42,8 @@ UNIT_PACKAGES: dict[str, tuple[str, str]] = {
     "libnginx-mod-http-dav-ext": ("usr/lib/nginx/modules/ngx_http_dav_ext_module.so", ""),
     "lighttpd": ("usr/sbin/lighttpd", "lighttpd"),
     "lighttpd-mod-webdav": ("usr/lib/lighttpd/mod_webdav.so", ""),
+    "haproxy": ("usr/sbin/haproxy", "haproxy"),
+    "keepalived": ("usr/sbin/keepalived", "keepalived"),
     "litmus": ("usr/bin/litmus", "litmus"),
     "openssh-server": ("usr/sbin/sshd", "sshd"),
     "rsync": ("usr/bin/rsync", "rsync"),

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -464,3 +464,40 @@ def test_every_playbook_that_is_advised_exists():
         named |= set(re.findall(r"playbooks/\w+\.yml", file.read_text()))
     assert "playbooks/recover_heal.yml" in named
     assert [name for name in sorted(named) if not (plugins.parent / name).is_file()] == []
+
+
+def test_who_holds_the_sites_address_is_noted_and_its_silence_is_an_error():
+    config = replace(CONFIG, address="192.0.2.10")
+    assert health.judge_address(config, False, "") == []
+    held = only(health.judge_address(config, True, ""))
+    assert (held.severity, held.host) == ("note", "node1") and "holds the site's address 192.0.2.10" in held.what
+    assert health.verdict([held]) == "ok"
+    silent = only(health.judge_address(config, False, "timed out"))
+    assert (silent.severity, silent.host) == ("error", "cluster")
+    assert "192.0.2.10 does not answer (timed out)" in silent.what and silent.command == "playbooks/deploy_vip.yml"
+
+
+def test_two_holders_of_the_address_are_an_error():
+    def says(node, held):
+        config = replace(CONFIG, node=node, address="192.0.2.10")
+        findings = [asdict(finding) for finding in health.judge_address(config, held, "")]
+        return {"stdout": json.dumps({"findings": findings})}
+
+    one = health.merge({"node1": says("node1", True), "node2": says("node2", False)})
+    assert [finding.code for finding in one] == ["address-held"]
+    two = health.merge({"node1": says("node1", True), "node2": says("node2", True)})
+    twice = only([finding for finding in two if finding.code == "address-twice"])
+    assert twice.severity == "error" and "node1 and node2 hold" in twice.what
+
+
+def test_without_an_address_nobody_is_asked(monkeypatch):
+    monkeypatch.setattr(health, "run", lambda *_: pytest.fail("asked"))
+    assert health.see_address(CONFIG) == []
+
+
+def test_the_address_is_asked_for_wherever_it_is(monkeypatch):
+    monkeypatch.setattr(health, "run", lambda *_: (0, '[{}, {"ifname": "eth0"}]', ""))
+    # Nobody listens on port 80 of this address of the loopback network.
+    config = replace(CONFIG, address="127.77.77.77")
+    codes = [(finding.code, finding.severity) for finding in health.see_address(config)]
+    assert codes == [("address-held", "note"), ("address", "error")]

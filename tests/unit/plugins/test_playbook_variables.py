@@ -15,6 +15,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[3]
 BACKENDS = ("volume", "hybrid", "async", "distributed")
 SPOOL = "volume with a spool"
+ONE = "volume with one address"
+SITES = (*BACKENDS, SPOOL, ONE)
 WANTED = """\
 {{ {'environment': django_site_environment, 'peers': media_web_peers, 'sentinel': media_web_sentinel,
     'mount': django_site_media_mount_unit, 'umask': django_site_umask, 'server': media_receiver_server,
@@ -22,6 +24,7 @@ WANTED = """\
     'edge': media_web_edge, 'edge_peers': media_edge_peers, 'edge_spools': media_edge_spools,
     'standby': media_receiver_standby, 'max_age': media_web_browser_max_age,
     'root': media_receiver_root, 'limit': media_receiver_limit_mib,
+    'socket': media_web_socket, 'names': media_web_names, 'alive': media_web_alive_path,
     'services': django_site_services | map(attribute='name') | list} | to_json }}"""
 
 
@@ -39,9 +42,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         {
             "name": backend,
             "ansible.builtin.copy": {"dest": str(work / backend), "content": WANTED, "mode": "0600"},
-            "vars": {**variables, **secrets, "media_backend": backend.split()[0], "media_spool": backend == SPOOL},
+            "vars": {
+                **variables,
+                **secrets,
+                "media_backend": backend.split()[0],
+                "media_spool": backend == SPOOL,
+                "tribrick_vip": "192.0.2.10/24" if backend == ONE else "",
+            },
         }
-        for backend in (*BACKENDS, SPOOL)
+        for backend in SITES
     ]
     play = {"hosts": "node1", "connection": "local", "gather_facts": False, "tasks": tasks}
     (work / "play.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
@@ -52,7 +61,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return {backend: json.loads((work / backend).read_text(encoding="utf-8")) for backend in (*BACKENDS, SPOOL)}
+    return {backend: json.loads((work / backend).read_text(encoding="utf-8")) for backend in SITES}
 
 
 def test_a_spool_has_receivers_a_service_and_readers(found):
@@ -160,3 +169,23 @@ def test_without_glusterfs_sites_receivers_and_mirrors_work_on_the_trees(tmp_pat
     source, identity, backend = found["deploy_mirror.yml"]
     assert (source, backend) == (tree, "volume") and identity != environment["TRIBRICK_SENTINEL_ID"]
     assert len(identity) == 36
+
+
+def test_one_address_is_a_name_of_the_site_and_nginx_asks_the_balancer(found):
+    plain, one = found["volume"], found[ONE]
+    # In this order: the file of a generated certificate is named after it.
+    assert plain["names"] == ["media.example", "node1", "192.0.2.11"]
+    assert one["names"] == [*plain["names"], "192.0.2.10"]
+    hosts = [set(made["environment"]["ALLOWED_HOSTS"].split(",")) for made in (plain, one)]
+    assert hosts[1] - hosts[0] == {"192.0.2.10"} and hosts[0] < hosts[1]
+    assert (plain["socket"], plain["alive"]) == ("/run/tribrick/site.sock", "")
+    assert (one["socket"], one["alive"]) == ("/run/tribrick-balancer/site.sock", "/_tribrick_alive")
+
+
+def test_without_one_address_nginx_gets_what_it_has_by_itself(found):
+    defaults = yaml.safe_load((ROOT / "roles/media_web/defaults/main.yml").read_text(encoding="utf-8"))
+    balancer = yaml.safe_load((ROOT / "roles/media_vip/defaults/main.yml").read_text(encoding="utf-8"))
+    assert found["volume"]["socket"] == defaults["media_web_socket"] == balancer["media_vip_site_socket"]
+    assert found["volume"]["alive"] == defaults["media_web_alive_path"]
+    assert found[ONE]["socket"] == balancer["media_vip_socket"]
+    assert found[ONE]["alive"] == balancer["media_vip_alive_path"]

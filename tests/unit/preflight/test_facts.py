@@ -142,3 +142,68 @@ def test_the_last_words_of_ssh() -> None:
     assert action.last_words(text) == "ssh: timed out"
     assert len(action.last_words("x" * 5000)) == 303
     assert action.last_words("") == ""
+
+
+LINKS = """\
+[{"ifname": "lo", "addr_info": [{"family": "inet", "local": "127.0.0.1", "prefixlen": 8}]},
+ {"ifname": "eth0", "addr_info": [{"local": "192.0.2.11", "prefixlen": 24}, {"local": "fe80::1", "prefixlen": 64}]},
+ {}, {"ifname": "eth1", "addr_info": [{"local": "198.51.100.7", "prefixlen": 24}]}]
+"""
+
+
+def test_interfaces_and_their_addresses() -> None:
+    assert module.interfaces(LINKS) == {
+        "lo": ["127.0.0.1"], "eth0": ["192.0.2.11", "fe80::1"], "eth1": ["198.51.100.7"],
+    }  # fmt: skip
+    assert module.interfaces("") == {}
+
+
+def test_an_arp_answer_is_believed_only_for_the_address_that_was_asked_for() -> None:
+    probe = module.who_has("192.0.2.10", bytes.fromhex("020000000001"))
+    assert len(probe) == 42 and probe[:6] == b"\xff" * 6
+    assert probe[28:32] == bytes(4), "a probe claims no address"
+    assert module.answer_to(probe, "192.0.2.10") is None, "our own question is no answer"
+    stranger = bytes.fromhex("02005e000099")
+    reply = probe[:20] + b"\0\x02" + stranger + socket.inet_aton("192.0.2.10") + probe[32:]
+    assert module.answer_to(reply, "192.0.2.10") == "02:00:5e:00:00:99"
+    assert module.answer_to(reply, "192.0.2.11") is None
+    assert module.answer_to(reply[:30], "192.0.2.10") is None
+    assert module.answer_to(reply[:12] + b"\x08\0" + reply[14:], "192.0.2.10") is None
+
+
+@pytest.mark.parametrize(
+    ("vip", "wanted", "written", "interface", "held", "ours", "asked"),
+    [
+        ("192.0.2.10", "", "", "eth0", None, False, True),
+        ("192.0.2.10", "eth1", "", "eth1", None, False, True),
+        ("192.0.2.10", "eth9", "", None, None, False, False),
+        ("198.51.100.7", "", "", "eth0", "eth1", False, False),
+        ("192.0.2.10", "", " 192.0.2.10/24", "eth0", None, True, False),
+        ("192.0.2.1", "", " 192.0.2.10/24", "eth0", None, False, True),
+        ("photos", "", "", "eth0", None, False, False),
+    ],
+)
+def test_the_sites_address_as_a_host_sees_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vip: str,
+    wanted: str,
+    written: str,
+    interface: str | None,
+    held: str | None,
+    ours: bool,
+    asked: bool,
+) -> None:
+    (tmp_path / "conf").write_text(written)
+    monkeypatch.setattr(module, "ADDRESS", str(tmp_path / "conf"))
+    monkeypatch.setattr(module, "asked_for", lambda address, link, _: f"{address} on {link}")
+    found = module.one_address(module.interfaces(LINKS), vip, "192.0.2.11", wanted, 1.0)
+    said = f"{vip} on {interface}" if asked else None
+    assert found == {"interface": interface, "held": held, "ours": ours, "answered_by": said}
+
+
+def test_the_file_with_the_address_is_the_roles() -> None:
+    role = Path(__file__).resolve().parents[3] / "roles/media_vip"
+    assert f": {module.BALANCER}\n" in (role / "vars/main.yml").read_text()
+    assert f": {module.ADDRESS}\n" in (role / "vars/main.yml").read_text()
+    assert "\n        {{ media_vip_address }}\n" in (role / "templates/keepalived.conf.j2").read_text()

@@ -34,6 +34,8 @@ def good_wish() -> dict[str, Any]:
         "database_servers": ["db1"],
         "media_backend": "volume",
         "receiver_server": "tribrick",
+        "vip": "",
+        "vip_interface": "",
         "volume": "media",
         "volume_id": "2b0e4a70-3f5e-4d0e-a58d-0a52f6f6a111",
         "replica": 3,
@@ -180,6 +182,24 @@ def test_a_replaced_disk_is_no_fault() -> None:
     assert judge(site) == []
 
 
+def test_an_address_that_the_kits_own_node_holds_is_no_fault() -> None:
+    site = deployed()
+    vip("192.0.2.10/24")(site)
+    assert judge(site) == []
+    vip("192.0.2.10/24", node1={"ours": True, "held": "eth0"}, node2={"ours": True})(site)
+    assert judge(site) == []
+    # A fresh node beside them, and a node that is left out and still holds it.
+    vip("192.0.2.10/24", node1={"ours": True}, node3={"answered_by": STRANGER})(site)
+    assert judge(site) == []
+
+
+def test_one_address_needs_somebody_to_take_it_over() -> None:
+    site = fresh()
+    vip("192.0.2.10/24")(site)
+    site["wish"]["app_servers"] = ["node1"]
+    assert [text for text in judge(site) if "two hosts in app_servers" in text]
+
+
 def test_an_old_pin_of_the_kit_is_no_fault() -> None:
     """The address changed in the inventory: the rollout itself corrects /etc/hosts."""
     site = deployed()
@@ -257,6 +277,21 @@ def variables(name: str, *hosts: str) -> Callable[[Site], None]:
     return act
 
 
+STRANGER = "02:00:5e:00:00:99"
+
+
+def vip(address: str, **hosts: dict[str, Any]) -> Callable[[Site], None]:
+    """The site's one address, and what is told of it on some nodes; on the others all is well."""
+
+    def act(site: Site) -> None:
+        site["wish"]["vip"] = address
+        for host in NODES:
+            well = {"interface": "eth0", "held": None, "ours": False, "answered_by": None}
+            site["facts"][host]["facts"]["vip"] = well | hosts.get(host, {})
+
+    return act
+
+
 # (name, base, change, what the one sentence must hold: host, what was found, what to do)
 FAULTS: list[tuple[str, Callable[[], Site], Callable[[Site], Any], list[str]]] = [
     # inventory
@@ -291,6 +326,54 @@ FAULTS: list[tuple[str, Callable[[], Site], Callable[[Site], Any], list[str]]] =
         ["node1, node2 and node3 already run media_backend volume", "says hybrid", "Set media_backend: volume again"],
     ),
     ("switch", fresh, on("node2", backend="async"), ["node2 already runs media_backend async", "says volume"]),
+    # one address
+    ("vip without prefix", fresh, vip("192.0.2.10"), ["'192.0.2.10'", "says nothing of the network", "192.0.2.10/24"]),
+    ("vip as a name", fresh, vip("photos.example"), ["'photos.example'", "is no address"]),
+    ("vip of IPv6", fresh, vip("2001:db8::10/64"), ["2001:db8::10/64", "IPv6", "give an address of IPv4"]),
+    ("vip is the network", fresh, vip("192.0.2.0/24"), ["no host's address in 192.0.2.0/24"]),
+    (
+        "vip is a node's own",
+        fresh,
+        vip("192.0.2.12/24", node2={"held": "eth0"}),
+        ["the own address of node2", "Choose a free address"],
+    ),
+    ("vip is the database's own", fresh, vip("192.0.2.21/24"), ["the own address of db1", "Choose a free address"]),
+    (
+        "vip outside",
+        fresh,
+        vip("198.51.100.10/24"),
+        ["node1 (192.0.2.11), node2 (192.0.2.12) and node3 (192.0.2.13) lie outside of 198.51.100.0/24", "Correct"],
+    ),
+    (
+        "vip with a narrow prefix",
+        fresh,
+        vip("192.0.2.10/30"),
+        ["node2 (192.0.2.12) and node3 (192.0.2.13) lie outside of 192.0.2.8/30"],
+    ),
+    (
+        "vip held by hand",
+        deployed,
+        vip("192.0.2.10/24", node2={"held": "eth0"}),
+        ["node2 has tribrick_vip (192.0.2.10) on eth0", "not from the kit", "take it away there"],
+    ),
+    (
+        "vip of somebody else",
+        fresh,
+        vip("192.0.2.10/24", node1={"answered_by": STRANGER}, node2={"answered_by": STRANGER}),
+        ["tribrick_vip (192.0.2.10) answers already", STRANGER, "Choose a free address"],
+    ),
+    (
+        "vip without interface",
+        fresh,
+        vip("192.0.2.10/24", node3={"interface": None}),
+        ["node3 has its own address on no interface", "tribrick_vip_interface"],
+    ),
+    (
+        "vip on an interface that is not there",
+        fresh,
+        lambda s: (vip("192.0.2.10/24", node3={"interface": None})(s), s["wish"].update(vip_interface="bond0")),
+        ["node3 has no interface bond0", "tribrick_vip_interface"],
+    ),
     # variables
     (
         "typo",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -112,6 +113,23 @@ def test_a_mounted_disk_is_never_deleted(tmp_path: Path, monkeypatch: pytest.Mon
     assert (place / "node1" / "file").exists()
 
 
+@pytest.fixture
+def unmade(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a lab is made but its inventory."""
+    monkeypatch.setattr(lab, "containers", lambda lab_: {})
+    monkeypatch.setattr(lab, "ready_disks", lambda console, lab_: None)
+    monkeypatch.setattr(lab, "forget_disks", lambda console, lab_: None)
+    monkeypatch.setattr(lab, "_docker_subnets", list)
+    monkeypatch.setattr(lab.images, "ensure", lambda console, release, kind: "tag")
+
+
+def overrides(here: lab.Lab) -> dict[str, Any]:
+    """The lab's own values."""
+    text = (here.inventory / "group_vars/all/tribrick_overrides.yml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+@pytest.mark.usefixtures("unmade")
 @pytest.mark.parametrize(
     ("disk_kind", "words", "path"),
     [
@@ -121,16 +139,23 @@ def test_a_mounted_disk_is_never_deleted(tmp_path: Path, monkeypatch: pytest.Mon
         ("xfs", False, ""),
     ],
 )
-def test_spools_of_a_lab(
-    here: lab.Lab, monkeypatch: pytest.MonkeyPatch, disk_kind: str, words: bool | None, path: str
-) -> None:
-    monkeypatch.setattr(lab, "containers", lambda lab_: {})
-    monkeypatch.setattr(lab, "ready_disks", lambda console, lab_: None)
-    monkeypatch.setattr(lab, "forget_disks", lambda console, lab_: None)
-    monkeypatch.setattr(lab, "_docker_subnets", list)
-    monkeypatch.setattr(lab.images, "ensure", lambda console, release, kind: "tag")
+def test_spools_of_a_lab(here: lab.Lab, disk_kind: str, words: bool | None, path: str) -> None:
     lab.prepare(lab.Console(), here, None, None, disk_kind, None, words)
-    values = yaml.safe_load((here.inventory / "group_vars/all/tribrick_overrides.yml").read_text(encoding="utf-8"))
+    values = overrides(here)
     assert here.spool == path
     assert values.get("media_spool", False) is bool(path)
     assert values.get("media_spool_path", "/srv/media-spool") == (path or "/srv/media-spool")
+
+
+@pytest.mark.usefixtures("unmade")
+def test_one_address_of_a_lab_stays_until_it_is_taken_away(here: lab.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def up(*words: str) -> Any:
+        lab.prepare_as_asked(lab.Console(), here, lab.parser().parse_args(["up", *words]))
+        monkeypatch.setattr(lab, "containers", lambda lab_: dict.fromkeys(lab.NODES, "running"))
+        return overrides(here).get("tribrick_vip")
+
+    assert up() is None
+    assert up("--vip", "--spool") == up() == f"{here.address(lab.VIP)}/24"
+    assert here.spool, "one option leaves the others alone"
+    assert (up("--no-vip"), up()) == (None, None)
+    assert here.spool
