@@ -74,7 +74,7 @@ def plays(name: str) -> list[dict[str, Any]]:
 
 
 def steps(name: str) -> list[str]:
-    """The steps of a playbook in their order: imported playbooks, and the entry points of the role."""
+    """The steps of a playbook in their order: imported playbooks, and the entry points of the roles."""
     found: list[str] = []
     for play in plays(name):
         if "ansible.builtin.import_playbook" in play:
@@ -93,15 +93,20 @@ def test_uploads_are_held_up_while_nodes_are_in_different_modes() -> None:
         "complete", "deploy_mirror.yml",
     ]  # fmt: skip
     assert steps("fallback_disable.yml") == [
-        "look", "merge", "hold", "merge", "deploy_receiver.yml", "deploy_site.yml", "merge", "release",
+        "look", "merge", "hold", "merge", "empty", "deploy_receiver.yml", "deploy_site.yml", "merge", "release",
         "deploy_mirror.yml",
     ]  # fmt: skip
+
+
+def test_leaving_brings_back_what_the_inventory_says_the_cache_and_the_origin_among_it() -> None:
+    given = [play["vars"] for play in plays("fallback_disable.yml") if "ansible.builtin.import_playbook" in play]
+    assert given == [{"fallback_step": "disable"}] * 3
 
 
 @pytest.mark.parametrize("name", ["deploy_site.yml", "deploy_receiver.yml", "deploy_mirror.yml"])
 def test_what_would_leave_the_mode_is_guarded(name: str) -> None:
     play = plays(name)[0]
-    [guard] = play["pre_tasks"]
+    guard = play["pre_tasks"][0]
     assert guard["ansible.builtin.import_role"]["tasks_from"] == "guard"
     assert str(guard["when"]).startswith("fallback_step is not defined") and play["any_errors_fatal"] is True
 

@@ -98,10 +98,11 @@ class Node:
     def __init__(self, name: str, work: Path) -> None:
         self.name, self.work, self.tls = name, work, work / "tls"
         self.mount, self.spool, self.mirror = work / "mount", work / "spool", work / "mirror"
+        self.tree = work / "tree"
         self.cache, self.run, self.state = work / "cache", work / "run", work / "state"
         self.web, self.peer = free_port(), free_port()
         for folder in (
-            self.mount, self.spool, self.mirror, self.cache, self.run, self.state, self.tls, work / "nginx",
+            self.mount, self.spool, self.mirror, self.tree, self.cache, self.run, self.state, self.tls, work / "nginx",
             work / "temporary", work / "sock", work / "origin",
         ):  # fmt: skip
             folder.mkdir(parents=True)
@@ -135,7 +136,7 @@ class Node:
             "__media_edge_sockets": str(self.work / "sock"),
             "__media_edge_origin": str(self.work / "origin"),
         }
-        web = {
+        self.edge = {
             "media_web_edge": "tribrick_media",
             "media_web_edge_gate": str(self.run / "open"),
             "media_web_http_port": self.web,
@@ -143,7 +144,18 @@ class Node:
             "media_web_ipv6": False,
             "media_web_socket": str(self.work / "site.sock"),
             "media_web_static_root": str(self.work / "static"),
+            "media_web_alive_path": "/_tribrick_alive",
             "__media_web_tls": str(self.tls / "node"),
+        }
+        # As the playbook fallback_enable has it.
+        self.tree_alone = self.edge | {
+            "media_web_edge": "",
+            "media_web_media_root": str(self.tree),
+            "media_web_sentinel": "",
+            "media_web_peers": listed,
+            "media_web_peers_ca": str(self.tls / "ca.crt"),
+            "media_web_peers_certificate": str(self.tls / "node.crt"),
+            "media_web_peers_key": str(self.tls / "node.key"),
         }
         receiver = {
             "media_receiver_node": self.name,
@@ -157,23 +169,30 @@ class Node:
             "__media_receiver_tls": str(self.tls),
         }
         (self.spool / ".tribrick-incoming").mkdir()
+        chain = render("media_edge", "site.conf.j2", **edge)
+        assert "max_fails=2 fail_timeout=5s" in chain
+        self.beside = [chain, render("media_receiver", "site.conf.j2", **receiver)]
+        self.write(self.edge)
+        (self.work / "origin.conf").write_text(self.user + render("media_edge", "origin.conf.j2", **edge))
+
+    @property
+    def user(self) -> str:
+        return "user root;" if os.geteuid() == 0 else ""
+
+    def write(self, web: dict[str, Any]) -> None:
+        """Write nginx's configuration; beside the site's that of edge and receiver, as on a node."""
         for file in ("maps.conf", "locations.conf", "media-types.conf", "proxy.conf"):
             text = render("media_web", f"{file}.j2", **web)
             (self.work / "nginx" / file).write_text(text.replace("/etc/nginx/tribrick/", f"{self.work}/nginx/"))
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         temporary = "".join(f"{kind}_temp_path {self.work}/temporary/{kind};\n" for kind in kinds)
-        chain = render("media_edge", "site.conf.j2", **edge)
-        assert "max_fails=2 fail_timeout=5s" in chain
-        parts = [chain, render("media_web", "site.conf.j2", **web)]
-        parts.append(render("media_receiver", "site.conf.j2", **receiver))
-        text = "\n".join(parts).replace("/etc/nginx/tribrick/", f"{self.work}/nginx/")
+        text = "\n".join([*self.beside, render("media_web", "site.conf.j2", **web)])
+        text = text.replace("/etc/nginx/tribrick/", f"{self.work}/nginx/")
         text = text.replace("/var/lib/nginx/body", f"{self.work}/temporary/body")
-        user = "user root;" if os.geteuid() == 0 else ""
         (self.work / "nginx.conf").write_text(
-            f"{user}\ndaemon off;\npid {self.work}/nginx.pid;\nworker_processes 2;\nevents {{}}\n"
+            f"{self.user}\ndaemon off;\npid {self.work}/nginx.pid;\nworker_processes 2;\nevents {{}}\n"
             f"http {{\n{temporary}access_log off;\n{text}\n}}\n"
         )
-        (self.work / "origin.conf").write_text(user + render("media_edge", "origin.conf.j2", **edge))
 
     # Processes.
 
@@ -191,6 +210,20 @@ class Node:
                 return line.connect_ex(("127.0.0.1", self.web)) == 0
 
         wait_for(up, f"{what} of {self.name} listens")
+
+    def switch(self, web: dict[str, Any]) -> None:
+        """Have nginx reload another configuration, and wait until it has."""
+        self.write(web)
+        self.processes["nginx"].send_signal(signal.SIGHUP)
+        one, cached = name(), bool(web["media_web_edge"])
+        self.put(self.mount if cached else self.tree, one, b"x")
+
+        def arrived() -> bool:
+            answer = self.get(f"/media/{one}")
+            return answer.status_code == 200 and ("X-Cache" in answer.headers) is cached
+
+        # Several times: workers with the old configuration may still take connections.
+        wait_for(lambda: all(arrived() for _ in range(20)), f"nginx of {self.name} has the other configuration")
 
     def stop(self, what: str) -> None:
         process = self.processes.pop(what, None)
@@ -312,6 +345,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 @pytest.fixture(scope="module")
 def spooling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     yield from pair(tmp_path_factory.mktemp("spooling"), spools=True)
+
+
+@pytest.fixture
+def moving(tmp_path: Path) -> Iterator[Node]:
+    yield from pair(tmp_path, spools=False)
 
 
 @pytest.fixture
@@ -767,3 +805,68 @@ def test_nginx_finds_no_fault_with_the_configuration(node: Node) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "warn" not in done.stderr.replace("http2", ""), done.stderr
+
+
+# What else asks, and other modes.
+
+
+def test_nginx_says_that_it_lives_without_site_mount_and_cache(node: Node) -> None:
+    (node.run / "open").unlink()
+    with node.hung():
+        site = node.work / "site.sock"
+        site.rename(site.with_suffix(".away"))
+        try:
+            answer = node.get("/_tribrick_alive")
+        finally:
+            site.with_suffix(".away").rename(site)
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert "X-Cache" not in answer.headers
+
+
+def empty(node: Node) -> str:
+    """Run the command of the role's tasks; return what it says."""
+    [task] = yaml.safe_load((ROOT / "roles/media_edge/tasks/empty.yml").read_text(encoding="utf-8"))
+    given = Templar(loader=DataLoader(), variables={"media_edge_cache": str(node.cache)})
+    argv = [str(given.template(trust_as_template(word))) for word in task["ansible.builtin.command"]["argv"]]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_to_the_gluster_free_mode_and_back(moving: Node) -> None:
+    node = moving
+    (node.run / "open").touch()
+    mended, deleted, private = name(), name(), name(top="private")
+    node.put(node.mount, mended, b"wrong bytes")
+    node.put(node.mount, deleted, LARGE)
+    node.note("added", deleted, LARGE)
+    purger = node.purger(fill=0.1)
+    purger.look()
+    assert node.get(f"/media/{mended}").content == b"wrong bytes"
+    assert node.get(f"/media/{deleted}").content == LARGE
+    for one, data in ((mended, SMALL), (private, SMALL)):
+        node.put(node.tree, one, data)
+
+    with node.hung():
+        node.switch(node.tree_alone)
+        start = time.monotonic()
+        answer = node.get(f"/media/{mended}")
+        assert (answer.status_code, answer.content) == (200, SMALL)
+        assert {"X-Cache", "X-Tribrick-Source"} & set(answer.headers) == set()
+        assert node.get(f"/{private}").content == SMALL
+        assert node.get(f"/media/{name()}").status_code == 404, "the other node has not got it either"
+        assert node.get("/_tribrick_alive").status_code == 204
+        assert time.monotonic() - start < 0.9, "the mount is not asked"
+        node.note("deleted", deleted, LARGE)
+
+    node.put(node.mount, mended, SMALL)
+    (node.mount / deleted).unlink()
+    purger.look()
+    assert not [key for key in node.cached() if deleted.encode() in key], "the purger goes on meanwhile"
+    assert empty(node) == "x" * 1 and node.cached() == set()
+    assert empty(node) == "", "nothing to do, nothing changed"
+    node.switch(node.edge)
+    answer = node.get(f"/media/{mended}")
+    assert (answer.content, answer.headers["X-Cache"], answer.headers["X-Tribrick-Source"]) == (SMALL, "MISS", "origin")
+    assert node.get(f"/media/{mended}").headers["X-Cache"] == "HIT"
+    assert node.get(f"/media/{deleted}").status_code == 404

@@ -202,12 +202,12 @@ class Balanced:
         for name in NODES:
             self.start(name)
 
-    def configuration(self, name: str) -> Path:
+    def configuration(self, name: str, left_out: str = "") -> Path:
         text = render(
             "media_vip",
             "haproxy.cfg.j2",
             media_vip_node=name,
-            media_vip_nodes=NODES,
+            media_vip_nodes={node: address for node, address in NODES.items() if node != left_out},
             media_vip_port=self.port,
             media_vip_socket=str(self.work / f"{name}.sock"),
             media_vip_site_socket=str(self.work / f"{name}.site"),
@@ -229,9 +229,9 @@ class Balanced:
         file.write_text(text)
         return file
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, left_out: str = "") -> None:
         log = (self.work / f"{name}.log").open("ab")
-        command = [program("haproxy"), "-db", "-f", str(self.configuration(name))]
+        command = [program("haproxy"), "-db", "-f", str(self.configuration(name, left_out))]
         self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def kill(self, name: str) -> None:
@@ -239,6 +239,14 @@ class Balanced:
         self.processes[name].kill()
         self.processes[name].wait(30)
         self.sites[name].close()
+
+    def roll_out_without(self, left_out: str) -> None:
+        """A rollout with `absent`; who is left out keeps what it has."""
+        for name in NODES:
+            if name != left_out:
+                self.processes[name].kill()
+                self.processes[name].wait(30)
+                self.start(name, left_out)
 
     def ask(self, node: str, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], str]:
         """Ask a node's balancer as its nginx does."""
@@ -323,6 +331,21 @@ def test_a_node_that_is_not_ready_leaves_and_returns(balanced: Balanced) -> None
         balanced.wait("node2 is back", lambda node=node: balanced.answered_by(node) == set(NODES), 15)
 
 
+def test_a_node_that_a_rollout_leaves_out_is_by_itself(balanced: Balanced) -> None:
+    """It may have its media elsewhere, so no request of one side may come to the other."""
+    balanced.roll_out_without("node2")
+    sides = {"node1": {"node1", "node3"}, "node3": {"node1", "node3"}, "node2": {"node2"}}
+    for node in sides:
+        balanced.wait(f"{node} asks its side", lambda node=node: balanced.answered_by(node) == sides[node], 15)
+    balanced.sites["node2"].ready = False
+    log = balanced.work / "node2.log"
+    balanced.wait("node2 knows of nobody who is ready", lambda: "ready has no server available" in log.read_text(), 15)
+    answers = [balanced.ask("node2", "POST", "/upload", b"x") for _ in range(12)]
+    assert {(answer[0], answer[1].get("x-node")) for answer in answers} == {(503, "node2")}, "its own words"
+    for node in ("node1", "node3"):
+        assert balanced.answered_by(node) == sides[node]
+
+
 def test_when_none_is_ready_all_stay_in_and_the_site_itself_refuses_uploads(balanced: Balanced) -> None:
     for site in balanced.sites.values():
         site.ready = False
@@ -373,7 +396,7 @@ def test_strangers_get_nowhere(balanced: Balanced) -> None:
             return int(wire.makefile("rb").readline().split()[1])
 
     assert page("node3") == 200
-    assert page("stranger") == 403, "of the same CA, and no node of the site"
-    assert page("site") == 403, "a process of the site cannot say who the visitor is"
+    assert page("stranger") == 502, "of the same CA, and no node of the site"
+    assert page("site") == 502, "a process of the site cannot say who the visitor is"
     with pytest.raises(OSError, match=r"certificate required|reset|closed"):
         page("")

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[3]
 BACKENDS = ("volume", "hybrid", "async", "distributed")
 SPOOL = "volume with a spool"
 ONE = "volume with one address"
-SITES = (*BACKENDS, SPOOL, ONE)
+LEFT = "volume with one address, and node2 left out"
+SITES = (*BACKENDS, SPOOL, ONE, LEFT)
 WANTED = """\
 {{ {'environment': django_site_environment, 'peers': media_web_peers, 'sentinel': media_web_sentinel,
     'mount': django_site_media_mount_unit, 'umask': django_site_umask, 'server': media_receiver_server,
@@ -25,6 +26,7 @@ WANTED = """\
     'standby': media_receiver_standby, 'max_age': media_web_browser_max_age,
     'root': media_receiver_root, 'limit': media_receiver_limit_mib,
     'socket': media_web_socket, 'names': media_web_names, 'alive': media_web_alive_path,
+    'balanced': media_vip_nodes, 'balancer_port': media_vip_port,
     'services': django_site_services | map(attribute='name') | list} | to_json }}"""
 
 
@@ -36,7 +38,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     [receiver] = yaml.safe_load((ROOT / "playbooks/deploy_receiver.yml").read_text(encoding="utf-8"))
     web = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_web"))
     edge = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_edge"))
-    variables = {**site["vars"], **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
+    balancer = next(task["vars"] for task in site["pre_tasks"] if task.get("when") == "__vip | length > 0")
+    variables = {**site["vars"], **balancer, **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
     secrets = {"vault_tribrick_django_secret_key": "x", "tribrick_database_url": "postgres://x"}
     tasks = [
         {
@@ -47,7 +50,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
                 **secrets,
                 "media_backend": backend.split()[0],
                 "media_spool": backend == SPOOL,
-                "tribrick_vip": "192.0.2.10/24" if backend == ONE else "",
+                "tribrick_vip": "192.0.2.10/24" if backend in (ONE, LEFT) else "",
+                **({"absent": "node2"} if backend == LEFT else {}),
             },
         }
         for backend in SITES
@@ -131,7 +135,7 @@ def test_without_glusterfs_sites_receivers_and_mirrors_work_on_the_trees(tmp_pat
     web = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_web"))
     told = {
         "deploy_site.yml": "django_site_environment, media_web_media_root, media_web_sentinel, media_web_peers"
-        ", django_site_umask",
+        ", django_site_umask, media_web_edge, media_web_socket, __volume",
         "deploy_receiver.yml": "media_receiver_root, media_receiver_server, media_receiver_limit_mib",
         "deploy_mirror.yml": "media_mirror_source, media_mirror_volume_id, media_backend",
     }
@@ -145,7 +149,7 @@ def test_without_glusterfs_sites_receivers_and_mirrors_work_on_the_trees(tmp_pat
     for name, words in told.items():
         copy = {"dest": str(tmp_path / f"{name}.json"), "content": f"{{{{ [{words}] | to_json }}}}", "mode": "0600"}
         task = {"name": name, "ansible.builtin.copy": copy}
-        given = {**variables[name], **secrets}
+        given = {**variables[name], **secrets, "tribrick_vip": "192.0.2.10/24"}
         play = {"hosts": "node1", "connection": "local", "gather_facts": False, "vars": given, "tasks": [task]}
         (tmp_path / name).write_text(yaml.safe_dump([play]), encoding="utf-8")
     book = [{"ansible.builtin.import_playbook": name, "vars": given} for name, given in imports.items()]
@@ -159,12 +163,16 @@ def test_without_glusterfs_sites_receivers_and_mirrors_work_on_the_trees(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in told}
     tree = "/srv/media-mirror/live"
-    environment, root, sentinel, peers, umask = found["deploy_site.yml"]
+    environment, root, sentinel, peers, umask, edge, socket, volume = found["deploy_site.yml"]
     assert (environment["TRIBRICK_BACKEND"], environment["MEDIA_ROOT"]) == ("hybrid", tree)
     assert environment["TRIBRICK_MEDIA_HOSTS"] == "node2:7443,node3:7443" and "TRIBRICK_SPOOL" not in environment
     assert str(environment["TRIBRICK_WRITE_QUORUM"]) == "1", "the node itself and one other"
     assert environment["TRIBRICK_SENTINEL_ID"] == "00000000-0000-4000-8000-000000000000", "by which the volume is known"
     assert (root, sentinel, umask) == (tree, "", "0002") and [one["name"] for one in peers] == ["node2", "node3"]
+    by_name = {role["role"].rpartition(".")[2]: role for role in site["roles"]}
+    assert by_name["media_edge"]["when"] == "__volume"
+    # Neither cache nor origin, which would read the volume; the balancer stays between nginx and the sites.
+    assert (edge, volume, socket) == ("", False, "/run/tribrick-balancer/site.sock")
     assert found["deploy_receiver.yml"] == [tree, "tribrick", 0]
     source, identity, backend = found["deploy_mirror.yml"]
     assert (source, backend) == (tree, "volume") and identity != environment["TRIBRICK_SENTINEL_ID"]
@@ -180,6 +188,23 @@ def test_one_address_is_a_name_of_the_site_and_nginx_asks_the_balancer(found):
     assert hosts[1] - hosts[0] == {"192.0.2.10"} and hosts[0] < hosts[1]
     assert (plain["socket"], plain["alive"]) == ("/run/tribrick/site.sock", "")
     assert (one["socket"], one["alive"]) == ("/run/tribrick-balancer/site.sock", "/_tribrick_alive")
+
+
+def test_requests_go_to_every_node_that_the_rollout_reaches(found):
+    nodes = {"node1": "192.0.2.11", "node2": "192.0.2.12", "node3": "192.0.2.13"}
+    assert found[ONE]["balanced"] == nodes
+    del nodes["node2"]
+    assert found[LEFT]["balanced"] == nodes, "its media may lie elsewhere"
+    assert found[ONE]["balancer_port"] == 7445
+
+
+def test_a_balancer_and_the_address_change_nothing_else(found):
+    """With tribrick_vip a node is what it is without, but for what the tests above look at."""
+    told = {"names", "socket", "alive", "balanced", "environment"}
+    plain, one = ({key: value for key, value in found[site].items() if key not in told} for site in ("volume", ONE))
+    assert plain == one
+    before, after = (found[site]["environment"] for site in ("volume", ONE))
+    assert {key for key in after if after[key] != before.get(key)} == {"ALLOWED_HOSTS"} and set(after) == set(before)
 
 
 def test_without_one_address_nginx_gets_what_it_has_by_itself(found):
