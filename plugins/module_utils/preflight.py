@@ -18,6 +18,7 @@ from typing import Any
 REPLICA = 3
 BACKENDS = ("volume", "hybrid", "async", "distributed")
 RECEIVERS = ("tribrick", "nginx", "lighttpd")
+PORTS = {22: "SSH", 80: "nginx", 443: "nginx", 5432: "PostgreSQL", 24007: "GlusterFS", 24008: "GlusterFS"}
 GIB = 1 << 30
 NO_VOLUME_ID = "00000000-0000-4000-8000-000000000000"  # as inventories/example/ has it
 
@@ -92,7 +93,7 @@ def about_inventory(wish: Wish) -> list[str]:
                 f"The secret {name} is missing or empty: scripts/new-site makes it; put it into "
                 "group_vars/all/vault.yml with 'ansible-vault edit'."
             )
-    return found + about_address(wish)
+    return found + about_ports(wish) + about_address(wish)
 
 
 def has_volume(wish: Wish) -> bool:
@@ -198,6 +199,16 @@ def about_address(wish: Wish) -> list[str]:
         )
     if len(nodes) < 2:
         found.append("tribrick_vip needs two hosts in app_servers at the least: with one nobody could take it over.")
+    return found
+
+
+def about_ports(wish: Wish) -> list[str]:
+    """TCP ports of the inventory that something else has on the same host."""
+    found, taken = [], dict(PORTS)
+    for name, port in wish["ports"].items():
+        other = taken.setdefault(int(port), name)
+        if other != name:
+            found.append(f"{name} is {port}, which {other} has: give it a TCP port of its own.")
     return found
 
 

@@ -34,6 +34,7 @@ def good_wish() -> dict[str, Any]:
         "database_servers": ["db1"],
         "media_backend": "volume",
         "receiver_server": "tribrick",
+        "ports": {"tribrick_receiver_port": 7443, "tribrick_balancer_port": "7445"},
         "vip": "",
         "vip_interface": "",
         "volume": "media",
@@ -326,6 +327,14 @@ FAULTS: list[tuple[str, Callable[[], Site], Callable[[Site], Any], list[str]]] =
         ["node1, node2 and node3 already run media_backend volume", "says hybrid", "Set media_backend: volume again"],
     ),
     ("switch", fresh, on("node2", backend="async"), ["node2 already runs media_backend async", "says volume"]),
+    # ports
+    (
+        "one port twice",
+        fresh,
+        in_wish(ports={"tribrick_receiver_port": 7443, "tribrick_balancer_port": "7443"}),
+        ["tribrick_balancer_port is 7443, which tribrick_receiver_port has", "TCP port of its own"],
+    ),
+    ("the port of nginx", fresh, in_wish(ports={"tribrick_balancer_port": 443}), ["is 443, which nginx has"]),
     # one address
     ("vip without prefix", fresh, vip("192.0.2.10"), ["'192.0.2.10'", "says nothing of the network", "192.0.2.10/24"]),
     ("vip as a name", fresh, vip("photos.example"), ["'photos.example'", "is no address"]),
