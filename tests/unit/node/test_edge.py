@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import signal
 import socket
 import socketserver
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -823,14 +825,42 @@ def test_nginx_says_that_it_lives_without_site_mount_and_cache(node: Node) -> No
     assert "X-Cache" not in answer.headers
 
 
-def empty(node: Node) -> str:
-    """Run the command of the role's tasks; return what it says."""
-    [task] = yaml.safe_load((ROOT / "roles/media_edge/tasks/empty.yml").read_text(encoding="utf-8"))
-    given = Templar(loader=DataLoader(), variables={"media_edge_cache": str(node.cache)})
-    argv = [str(given.template(trust_as_template(word))) for word in task["ansible.builtin.command"]["argv"]]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+def empty(cache: Path, work: Path, *, check: bool = False) -> dict[str, Any]:
+    """Carry out the role's tasks that empty a cache; return what Ansible has registered."""
+    tasks = yaml.safe_load((ROOT / "roles/media_edge/tasks/empty.yml").read_text(encoding="utf-8"))
+    copy = {"dest": str(work / "said.json"), "content": "{{ __media_edge_emptied | to_json }}", "mode": "0600"}
+    play = {
+        "hosts": "localhost",
+        "connection": "local",
+        "gather_facts": False,
+        "vars": {"media_edge_cache": str(cache)},
+        "tasks": [*tasks, {"name": "Tell", "ansible.builtin.copy": copy, "check_mode": False}],
+    }
+    (work / "empty.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "ansible", "playbook", "--inventory=localhost,", *(["--check"] if check else []),
+         f"--extra-vars=ansible_python_interpreter={sys.executable}", str(work / "empty.yml")],
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said: dict[str, Any] = json.loads((work / "said.json").read_text(encoding="utf-8"))
+    return said
+
+
+def test_emptying_a_cache_predicts_and_is_repeatable(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert empty(cache, tmp_path)["changed"] is False, "a node without an edge has none"
+    (cache / "a/bc").mkdir(parents=True)
+    files = [cache / "a/bc/one", cache / "a/bc/two.0000000001"]
+    for file in files:
+        file.write_text("x")
+    assert empty(cache, tmp_path, check=True)["changed"] is True
+    assert all(file.exists() for file in files), "nothing was changed"
+    assert empty(cache, tmp_path)["changed"] is True
+    assert not any(file.exists() for file in files) and (cache / "a/bc").is_dir(), "nginx keeps its directories"
+    assert empty(cache, tmp_path)["changed"] is False
+    assert empty(cache, tmp_path, check=True)["changed"] is False
 
 
 def test_to_the_gluster_free_mode_and_back(moving: Node) -> None:
@@ -863,8 +893,7 @@ def test_to_the_gluster_free_mode_and_back(moving: Node) -> None:
     (node.mount / deleted).unlink()
     purger.look()
     assert not [key for key in node.cached() if deleted.encode() in key], "the purger goes on meanwhile"
-    assert empty(node) == "x" * 1 and node.cached() == set()
-    assert empty(node) == "", "nothing to do, nothing changed"
+    assert empty(node.cache, node.work)["changed"] is True and node.cached() == set()
     node.switch(node.edge)
     answer = node.get(f"/media/{mended}")
     assert (answer.content, answer.headers["X-Cache"], answer.headers["X-Tribrick-Source"]) == (SMALL, "MISS", "origin")
