@@ -183,6 +183,9 @@ class Node:
 
     def write(self, web: dict[str, Any]) -> None:
         """Write nginx's configuration; beside the site's that of edge and receiver, as on a node."""
+        (self.work / "nginx/errors").mkdir(exist_ok=True)
+        for file in ("503.html", "503.json"):
+            (self.work / "nginx/errors" / file).write_text(render("media_web", f"{file}.j2", **web))
         for file in ("maps.conf", "locations.conf", "media-types.conf", "proxy.conf"):
             text = render("media_web", f"{file}.j2", **web)
             (self.work / "nginx" / file).write_text(text.replace("/etc/nginx/tribrick/", f"{self.work}/nginx/"))
