@@ -214,3 +214,61 @@ def test_without_one_address_nginx_gets_what_it_has_by_itself(found):
     assert found["volume"]["alive"] == defaults["media_web_alive_path"]
     assert found[ONE]["socket"] == balancer["media_vip_socket"]
     assert found[ONE]["alive"] == balancer["media_vip_alive_path"]
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Firewall and health of node1, and what a renewal reloads: plain, with watchers, with one address, with both."""
+    work = tmp_path_factory.mktemp("around")
+
+    def given(playbook: str, role: str = "") -> dict[str, Any]:
+        play = yaml.safe_load((ROOT / "playbooks" / playbook).read_text(encoding="utf-8"))[0]
+        own = next((one["vars"] for one in play.get("roles", []) if one["role"].endswith(f".{role}")), {})
+        return {**play.get("vars", {}), **own}
+
+    variables = given("deploy_base.yml", "firewall") | given("deploy_health.yml", "health")
+    reloaded = given("renew_certificates.yml")["certificate_renewal_reloaded_units"]
+    variables |= {"certificate_renewal_reloaded_units": reloaded, "__apps": "{{ groups['app_servers'] }}"}
+    variables["tribrick_database_url"] = "postgres://db1"
+    wanted = """{{ {'rules': firewall_rules, 'units': health_units, 'address': health_address,
+        'reloaded': certificate_renewal_reloaded_units} | to_json }}"""
+    tasks = [
+        {
+            "name": name,
+            "ansible.builtin.copy": {"dest": str(work / name), "content": wanted, "mode": "0600"},
+            "vars": {**variables, "peer_watch_enabled": watch, "tribrick_vip": vip},
+        }
+        for name, watch, vip in (
+            ("plain", False, ""), ("watch", True, ""), ("one", False, "192.0.2.10/24"), ("both", True, "192.0.2.10/24"),
+        )
+    ]  # fmt: skip
+    play = {"hosts": "node1", "connection": "local", "gather_facts": False, "tasks": tasks}
+    (work / "play.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "ansible", "playbook", f"--inventory={ROOT}/inventories/example",
+         f"--extra-vars=ansible_python_interpreter={sys.executable}", str(work / "play.yml")],
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in work.iterdir() if not path.suffix}
+
+
+def test_watchers_and_one_address_add_their_own_and_nothing_else(around):
+    plain, watch, one, both = (around[name] for name in ("plain", "watch", "one", "both"))
+    assert [rule["name"] for rule in plain["rules"]] == ["gluster", "postgresql", "receiver", "peer_watch"]
+    assert (plain["address"], plain["reloaded"]) == ("", [])
+    assert not {"tribrick-peer-watch.service", "tribrick-balancer.service"} & set(plain["units"])
+    assert watch["rules"] == plain["rules"], "closed to strangers whether somebody listens or not"
+    assert set(watch["units"]) - set(plain["units"]) == {"tribrick-peer-watch.service"}
+    nodes = ["192.0.2.11", "192.0.2.12", "192.0.2.13"]
+    added = [
+        {"name": "balancer", "ports": [7445], "sources": nodes},
+        {"name": "vrrp", "protocol": 112, "sources": nodes},
+    ]
+    assert one["rules"] == [*plain["rules"], *added]
+    assert set(one["units"]) - set(plain["units"]) == {"tribrick-balancer.service", "tribrick-address.service"}
+    assert (one["address"], one["reloaded"]) == ("192.0.2.10", ["tribrick-balancer.service"])
+    assert both["rules"] == one["rules"] and set(both["units"]) == set(one["units"]) | set(watch["units"])
+    heard = {(rule.get("protocol", "tcp"), port) for rule in both["rules"] for port in rule.get("ports", [])}
+    assert {("udp", 7444), ("tcp", 7445)} <= heard and ("tcp", 7444) not in heard
