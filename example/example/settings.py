@@ -94,6 +94,7 @@ TRIBRICK = {
     "SPOOL_COPIES": env.number("TRIBRICK_SPOOL_COPIES", 2, 1, 100),
     "SPOOL_LIMIT": env.number("TRIBRICK_SPOOL_LIMIT", 4 * 2**30, 1, 2**50),
     "SPOOL_PEERS": env.words("TRIBRICK_SPOOL_PEERS"),
+    "SYNC": env.structure("TRIBRICK_SYNC", dict),
     "CLOSED": env.text("TRIBRICK_CLOSED") or None,
     "MEDIA_HOSTS": env.words("TRIBRICK_MEDIA_HOSTS"),
     "WRITE_QUORUM": env.quorum("TRIBRICK_WRITE_QUORUM"),

@@ -47,6 +47,7 @@ UNIT_PACKAGES: dict[str, tuple[str, str]] = {
     "litmus": ("usr/bin/litmus", "litmus"),
     "openssh-server": ("usr/sbin/sshd", "sshd"),
     "rsync": ("usr/bin/rsync", "rsync"),
+    "inotify-tools": ("usr/bin/inotifywait", "inotifywait"),
 }
 
 EXAMPLES = """\

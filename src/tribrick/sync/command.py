@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,12 @@ from tribrick.sync.run import STRATEGIES, Report, Sync, status, told
 from tribrick.sync.side import Progress, Side
 from tribrick.sync.state import QUIET, State, SyncError
 from tribrick.sync.versions import Version
+from tribrick.sync.watch import Changes, follow, wake, wake_file
 
 MORE: Final = """\
 status     what is known here; looks neither at the disk nor at peers
 plan       what a run would do; nothing is changed
+watch      run, and again when a file changes here or on a peer, and every --every seconds; for a service
 run        look at the disk, ask the peers, settle conflicts, fetch, write, tell the catalog
 conflicts  the conflict copies that are there, and names that are undecided
 resolve    end one conflict: NAME --keep WHAT
@@ -51,7 +54,7 @@ class Answer:
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    made.add_argument("what", choices=list(_WORK), help="see below")
+    made.add_argument("what", choices=[*_WORK, "watch"], help="see below")
     made.add_argument("name", nargs="?", help="resolve: a conflict copy, or a name that is undecided")
     made.add_argument("--init", action="store_true", help="run: begin a state for this directory, as it is now")
     made.add_argument("--strategy", choices=STRATEGIES, help='how concurrent changes end (TRIBRICK["SYNC"], newest)')
@@ -63,6 +66,13 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--accept", type=_natural, default=0, metavar="N", help="let up to N files be deleted in this run"
     )
+    made.add_argument(
+        "--every",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="watch: the longest time between two runs (300)",
+    )
     made.add_argument("--peer", action="append", metavar="NAME", help="only this peer; may be repeated")
     made.add_argument("--no-catalog", action="store_true", help="run: do not tell the catalog, a side without it")
 
@@ -72,6 +82,41 @@ def _natural(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError("must not be negative")
     return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 1 <= number <= 86_400:
+        raise argparse.ArgumentTypeError("must be from 1 to 86400 seconds")
+    return number
+
+
+def watch(options: Mapping[str, Any], stop: threading.Event, said: Callable[[str], Any]) -> None:
+    """Run again and again until *stop* is set, and say what was done and what is wrong. Begins a state if need be."""
+    given = _settings()
+    root = Path(storages[str(given.get("storage", "default"))].location).absolute()  # type: ignore[attr-defined]
+    peers, before = doors(given.get("peers", ())), ""
+
+    def turn() -> bool:
+        nonlocal before
+        init = not Path(given["state"]).exists()
+        try:
+            answer = work({**options, "what": "run", "name": None, "keep": None, "init": init}, lambda *_words: None)
+        except SyncError as error:
+            answer = Answer({}, [], str(error))
+        trouble = "; ".join([*answer.text[:-1], answer.trouble]) if answer.trouble else ""
+        if trouble != before:
+            said(trouble or "in order again")
+        before = trouble
+        if answer.document.get("written") or answer.document.get("removed"):
+            said(answer.text[-1])
+        scan = answer.document.get("scan", {})
+        if any(scan.get(word) for word in ("new", "changed", "gone")):
+            wake(peers)
+        return bool(scan.get("young"))
+
+    with Changes(root, wake_file(given["state"])) as changes:
+        follow(turn, changes, every=options["every"], quiet=float(given.get("quiet", QUIET)), stop=stop, said=said)
 
 
 def work(options: Mapping[str, Any], progress: Progress) -> Answer:

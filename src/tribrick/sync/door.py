@@ -4,7 +4,7 @@ In ``authorized_keys``, one line a peer::
 
     restrict,command="/opt/site/bin/python -m tribrick.sync.door /var/lib/tribrick/sync.sqlite" ssh-ed25519 AAAA...
 
-It needs the standard library only, and rsync. Two requests are understood, everything else is refused:
+It needs the standard library only, and rsync. Three requests are understood, everything else is refused:
 
 ``tribrick-sync 1 changes AFTER STATE scan|look``
     The first line of the answer is an object about this side, the next ones are ``[number, version]``
@@ -13,7 +13,10 @@ It needs the standard library only, and rsync. Two requests are understood, ever
 ``rsync --server --sender ... . ./``
     rsync reads contents, by their hash, from the history. Only options that read are let through.
 
-Nobody can write through the door.
+``tribrick-sync 1 wake``
+    ``sync watch`` on this side, if it runs, begins a run. One empty file beside the state is written for it.
+
+Nobody can write anything else through the door.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import IO, Final
 
 from tribrick.sync.side import HISTORY, Side
 from tribrick.sync.state import State, SyncError
+from tribrick.sync.watch import wake_file
 
 PROTOCOL: Final = 1
 BEAT = 5.0
@@ -53,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked = os.environ.get("SSH_ORIGINAL_COMMAND", "")
     signal.alarm(LONGEST)
     try:
+        if asked == "tribrick-sync 1 wake":
+            wake_file(arguments[0]).write_bytes(b"")
+            return 0
         if match := _CHANGES.fullmatch(asked):
             changes(arguments[0], int(match[1]), match[2], match[3] == "scan", sys.stdout)
             return 0

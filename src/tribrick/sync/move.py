@@ -94,6 +94,18 @@ class Door:
             raise CopyAway(errno.EPROTO, f"{self.name}: the answer broke off")
         return Pulled(found, Peer(self.name, state, last, 0.0), {str(key): str(why) for key, why in refused.items()})
 
+    def wake(self) -> bool:
+        """Tell the peer that something is new here; return whether it was told."""
+        command = [*self._ssh._command(), "-T", "--", self._ssh._to, "tribrick-sync 1 wake"]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONNECT + SILENCE, check=False,
+                env=_plain(),
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0
+
     def fetch(self, fetch: Fetch, side: Side) -> tuple[set[str], str]:
         """Bring contents into the history; return those that came, and what rsync complained about.
 

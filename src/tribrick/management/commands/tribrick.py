@@ -423,6 +423,9 @@ class Command(BaseCommand):
     def _sync(self, options: dict[str, Any]) -> None:
         from tribrick.sync import command as sync
 
+        if options["what"] == "watch":
+            sync.watch(options, _stop_on_signals(), self.stderr.write)
+            return
         answer = sync.work(options, self._progress())
         self._answer(options, answer.document, answer.text)
         if answer.trouble:
