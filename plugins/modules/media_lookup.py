@@ -67,7 +67,10 @@ for name in names + renew:
     path = os.path.join(sys.argv[1], name)
     try:
         if name in renew:
-            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode))
+            seen = os.stat(path)
+            os.chmod(path, stat.S_IMODE(seen.st_mode))
+            if max(abs(seen.st_mtime), abs(seen.st_atime)) > 2**36:
+                os.utime(path)
         if os.path.isdir(path):
             found += 1
             continue

@@ -474,6 +474,10 @@ def test_a_change_time_of_zero(tmp_path, monkeypatch):
     records = {
         "zero": "01" + 16 * "0" + 64 * "0",
         "seen": "01" + 16 * "0" + 48 * "0" + "e227f7e574687500",
+        # Left on the roots of bricks by reset-brick, as seen on two labs.
+        "reset": "01" + 52 * "0" + "7f79c0003bd8" + 20 * "0" + "7f79a0018658" + 16 * "0",
+        "other": "01" + 20 * "0" + "7f307c6e5250" + 16 * "0" + "000000007002a2e8" + 48 * "0",
+        "nanoseconds": "01" + 16 * "0" + "000000006b004af6" + "000000003b9aca00" + 64 * "0",
         "short": "01",
     }
     good = "01" + 16 * "0" + "000000006b004af6" + 80 * "0"
@@ -485,7 +489,16 @@ def test_a_change_time_of_zero(tmp_path, monkeypatch):
         return bytes.fromhex(records.get(path, good))
 
     monkeypatch.setattr(brick_tree.os, "getxattr", getxattr)
-    assert [name for name in ("zero", "seen", "short", "none", "good") if brick_tree.timeless(name)] == ["zero", "seen"]
+    bad = ["zero", "seen", "reset", "other", "nanoseconds"]
+    assert [name for name in (*bad, "short", "none", "good") if brick_tree.timeless(name)] == bad
+
+
+def test_the_root_of_a_brick_is_looked_at_too(run, tmp_path, monkeypatch):
+    (tmp_path / ".glusterfs").mkdir()
+    (tmp_path / "photos").mkdir()
+    monkeypatch.setattr(brick_tree, "timeless", lambda path: path == str(tmp_path))
+    assert run(brick_tree, Gluster({}), path=str(tmp_path)).result["timeless"] == ["."]
+    assert run(brick_tree, Gluster({}), path=str(tmp_path), directories=["photos"]).result["timeless"] == []
 
 
 # --- the module gluster_heal ---
