@@ -69,8 +69,9 @@ for name in names + renew:
         if name in renew:
             seen = os.stat(path)
             os.chmod(path, stat.S_IMODE(seen.st_mode))
-            if max(abs(seen.st_mtime), abs(seen.st_atime)) > 2**36:
-                os.utime(path)
+            # Explicitly, so that every replica has them; what is no time becomes now.
+            times = (seen.st_atime_ns, seen.st_mtime_ns)
+            os.utime(path, ns=times if max(times) < 2**36 * 10**9 else None)
         if os.path.isdir(path):
             found += 1
             continue
