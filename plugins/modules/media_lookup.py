@@ -21,6 +21,10 @@ options:
     type: list
     elements: str
     default: []
+  brick:
+    description: This host's brick, of which the root loses GlusterFS's record of its times when O(renew) has C(.).
+    type: path
+    default: ""
   refresh:
     description:
       - "Dictionaries of name -> modification times (ns), as C(brick_quarantine) returns them. A mount keeps the bytes
@@ -46,6 +50,7 @@ looked: {description: Names that are there., returned: success, type: int}
 refreshed: {description: Names that got another time., returned: success, type: list, elements: str}
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -127,6 +132,7 @@ def main() -> None:
             "root": {"type": "path", "required": True},
             "names": {"type": "list", "elements": "str", "default": []},
             "renew": {"type": "list", "elements": "str", "default": []},
+            "brick": {"type": "path", "default": ""},
             "refresh": {"type": "list", "elements": "dict", "default": []},
             "timeout": {"type": "int", "default": 300},
         },
@@ -137,6 +143,10 @@ def main() -> None:
         module.exit_json(changed=False, looked=0, refreshed=[], msg=f"{root} is not mounted here")
     if module.check_mode:
         module.exit_json(changed=bool(module.params["renew"]), looked=0, refreshed=[])
+    if "." in module.params["renew"] and module.params["brick"]:
+        # A change time only goes forward, so one that is far ahead has to go first; the mount then writes a record anew.
+        with contextlib.suppress(OSError):
+            os.removexattr(module.params["brick"], "trusted.glusterfs.mdata")
     child = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, root],
         stdin=subprocess.PIPE,
