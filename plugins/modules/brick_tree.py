@@ -54,11 +54,11 @@ LAST = 2**36
 
 
 def timeless(path: str) -> bool:
-    """Whether GlusterFS's record of the times holds a change time of zero, or what is no time at all.
+    """Whether GlusterFS's record holds a change time of zero, or a time of modification or access that is none.
 
     It is a byte, 8 bytes of flags, then seconds and nanoseconds of change, modification and access, 8 bytes each.
     C(reset-brick) and C(replace-brick) leave what was in memory on the root of every brick (11.1). A brick that is
-    started with that lets nobody but root in.
+    started with that lets nobody but root in. A change time far ahead does no harm, and nothing brings it back.
     """
     try:
         record = os.getxattr(path, "trusted.glusterfs.mdata", follow_symlinks=False)
@@ -67,7 +67,7 @@ def timeless(path: str) -> bool:
     if len(record) < 17:
         return False
     numbers = [int.from_bytes(record[start : start + 8], "big") for start in range(9, len(record) - 7, 8)]
-    return numbers[0] == 0 or max(numbers[0::2]) > LAST or max([0, *numbers[1::2]]) >= 10**9
+    return numbers[0] == 0 or max([0, *numbers[2::2]]) > LAST or max([0, *numbers[3::2]]) >= 10**9
 
 
 def read(root: str, directory: str) -> dict[str, dict]:

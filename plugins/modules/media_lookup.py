@@ -17,14 +17,11 @@ options:
   names: {description: Names relative to it., type: list, elements: str, default: []}
   renew:
     description:
-      - Names whose mode is set to what it is, so that GlusterFS keeps a time for them again. See C(brick_tree).
+      - Names whose mode and times are set to what they are, so that GlusterFS keeps times for them again. See
+        C(brick_tree).
     type: list
     elements: str
     default: []
-  brick:
-    description: This host's brick, of which the root loses GlusterFS's record of its times when O(renew) has C(.).
-    type: path
-    default: ""
   refresh:
     description:
       - "Dictionaries of name -> modification times (ns), as C(brick_quarantine) returns them. A mount keeps the bytes
@@ -50,7 +47,6 @@ looked: {description: Names that are there., returned: success, type: int}
 refreshed: {description: Names that got another time., returned: success, type: list, elements: str}
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -132,7 +128,6 @@ def main() -> None:
             "root": {"type": "path", "required": True},
             "names": {"type": "list", "elements": "str", "default": []},
             "renew": {"type": "list", "elements": "str", "default": []},
-            "brick": {"type": "path", "default": ""},
             "refresh": {"type": "list", "elements": "dict", "default": []},
             "timeout": {"type": "int", "default": 300},
         },
@@ -143,10 +138,6 @@ def main() -> None:
         module.exit_json(changed=False, looked=0, refreshed=[], msg=f"{root} is not mounted here")
     if module.check_mode:
         module.exit_json(changed=bool(module.params["renew"]), looked=0, refreshed=[])
-    if "." in module.params["renew"] and module.params["brick"]:
-        # A change time only goes forward, so one that is far ahead has to go first; the mount then writes a record anew.
-        with contextlib.suppress(OSError):
-            os.removexattr(module.params["brick"], "trusted.glusterfs.mdata")
     child = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, root],
         stdin=subprocess.PIPE,

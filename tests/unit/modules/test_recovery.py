@@ -476,8 +476,9 @@ def test_a_change_time_of_zero(tmp_path, monkeypatch):
         "seen": "01" + 16 * "0" + 48 * "0" + "e227f7e574687500",
         # Left on the roots of bricks by reset-brick, as seen on two labs.
         "reset": "01" + 52 * "0" + "7f79c0003bd8" + 20 * "0" + "7f79a0018658" + 16 * "0",
-        "other": "01" + 20 * "0" + "7f307c6e5250" + 16 * "0" + "000000007002a2e8" + 48 * "0",
-        "nanoseconds": "01" + 16 * "0" + "000000006b004af6" + "000000003b9aca00" + 64 * "0",
+        "other": "01" + 16 * "0" + "00007f307c6e5250000000007002a2e8" + 32 * "0" + "001fe1c5d4376128" + 16 * "0",
+        "nanoseconds": "01" + 16 * "0" + 2 * "000000006b004af6" + 16 * "0" + "000000003b9aca00" + 32 * "0",
+        "ahead": "01" + 16 * "0" + "00007f7c805e0250" + 80 * "0",
         "short": "01",
     }
     good = "01" + 16 * "0" + "000000006b004af6" + 80 * "0"
@@ -490,7 +491,7 @@ def test_a_change_time_of_zero(tmp_path, monkeypatch):
 
     monkeypatch.setattr(brick_tree.os, "getxattr", getxattr)
     bad = ["zero", "seen", "reset", "other", "nanoseconds"]
-    assert [name for name in (*bad, "short", "none", "good") if brick_tree.timeless(name)] == bad
+    assert [name for name in (*bad, "short", "none", "ahead", "good") if brick_tree.timeless(name)] == bad
 
 
 def test_the_root_of_a_brick_is_looked_at_too(run, tmp_path, monkeypatch):
