@@ -71,8 +71,10 @@ for name in names + renew:
             seen = os.stat(path)
             os.chmod(path, stat.S_IMODE(seen.st_mode))
             # Explicitly, so that every replica has them; what is no time becomes now.
-            times = (seen.st_atime_ns, seen.st_mtime_ns)
-            os.utime(path, ns=times if max(times) < 2**36 * 10**9 else None)
+            if max(seen.st_atime, seen.st_mtime) < 2**36:
+                os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+            else:
+                os.utime(path)
         if os.path.isdir(path):
             found += 1
             continue
@@ -153,6 +155,8 @@ def main() -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         module.fail_json(msg=f"{root} did not answer within {limit} s; run playbooks/recover_mount.yml")
+    if child.returncode != 0:
+        module.fail_json(msg=f"{root}: the lookups ended with {child.returncode}: {' '.join(err.split())[-500:]}")
     if err:
         module.warn(f"{root}: {' '.join(err.split())[:500]}")
     looked, refreshed = json.loads(out or "[0, []]")

@@ -470,6 +470,23 @@ def test_what_was_mended_gets_another_time_once(tmp_path):
     assert {one.name: one.stat().st_mtime_ns for one in tmp_path.iterdir()} == {"mended": 9, "replaced": 20, "whole": 7}
 
 
+def test_times_are_renewed_as_they_are(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "directory").mkdir(mode=0o750)
+    for name in ("file", "directory", "."):
+        os.utime(tmp_path / name, ns=(10**18 + 5, 10**18 + 7))
+    before = {name: (tmp_path / name).stat() for name in ("file", "directory", ".")}
+    asked = json.dumps({"names": [], "renew": [*before, "gone"], "refresh": {}, "memory": 0})
+    done = subprocess.run(
+        [sys.executable, "-c", media_lookup.PROGRAM, str(tmp_path)], input=asked, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [3, []] and not done.stderr
+    for name, one in before.items():
+        now = (tmp_path / name).stat()
+        assert (now.st_mode, now.st_mtime_ns) == (one.st_mode, one.st_mtime_ns) and now.st_ctime_ns > one.st_ctime_ns
+
+
 def test_a_change_time_of_zero(tmp_path, monkeypatch):
     records = {
         "zero": "01" + 16 * "0" + 64 * "0",
