@@ -33,7 +33,11 @@ RETURN = r"""
 digests: {description: Digest of each directory., returned: without O(directories), type: dict}
 directories: {description: "As given.", returned: with O(directories), type: list, elements: str}
 entries: {description: Entry of each name., returned: with O(directories), type: dict}
-timeless: {description: Names with a change time of zero., returned: always, type: list, elements: str}
+timeless:
+  description: Names with a change time of zero, or with times that are none; C(.) is the brick's root.
+  returned: always
+  type: list
+  elements: str
 files: {description: Files that were hashed., returned: always, type: int}
 bytes: {description: Their bytes., returned: always, type: int}
 """
@@ -45,14 +49,25 @@ import os
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry
 
+LAST = 2**36
+"""Seconds; a later time, after the year 4000, is none."""
+
 
 def timeless(path: str) -> bool:
-    """Whether GlusterFS's record of the times (a byte, 8 bytes of flags, seconds...) holds a change time of zero."""
+    """Whether GlusterFS's record holds a change time of zero, or a time of modification or access that is none.
+
+    It is a byte, 8 bytes of flags, then seconds and nanoseconds of change, modification and access, 8 bytes each.
+    C(reset-brick) and C(replace-brick) leave what was in memory on the root of every brick (11.1). A brick that is
+    started with that lets nobody but root in. A change time far ahead does no harm, and nothing brings it back.
+    """
     try:
         record = os.getxattr(path, "trusted.glusterfs.mdata", follow_symlinks=False)
     except OSError:
         return False
-    return len(record) >= 17 and not any(record[9:17])
+    if len(record) < 17:
+        return False
+    numbers = [int.from_bytes(record[start : start + 8], "big") for start in range(9, len(record) - 7, 8)]
+    return numbers[0] == 0 or max([0, *numbers[2::2]]) > LAST or max([0, *numbers[3::2]]) >= 10**9
 
 
 def read(root: str, directory: str) -> dict[str, dict]:
@@ -91,6 +106,7 @@ def main() -> None:
         directory = waiting.pop()
         found = read(root, directory)
         without += [name for name in found if timeless(os.path.join(root, name))]
+        without += [directory] if directory == "." and timeless(root) else []
         files += sum("size" in one for one in found.values())
         size += sum(one.get("size", 0) for one in found.values())
         if wanted is not None:

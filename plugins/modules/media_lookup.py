@@ -17,7 +17,8 @@ options:
   names: {description: Names relative to it., type: list, elements: str, default: []}
   renew:
     description:
-      - Names whose mode is set to what it is, so that GlusterFS keeps a time for them again. See C(brick_tree).
+      - Names whose mode and times are set to what they are, so that GlusterFS keeps times for them again. See
+        C(brick_tree).
     type: list
     elements: str
     default: []
@@ -67,7 +68,13 @@ for name in names + renew:
     path = os.path.join(sys.argv[1], name)
     try:
         if name in renew:
-            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode))
+            seen = os.stat(path)
+            os.chmod(path, stat.S_IMODE(seen.st_mode))
+            # Explicitly, so that every replica has them; what is no time becomes now.
+            if max(seen.st_atime, seen.st_mtime) < 2**36:
+                os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+            else:
+                os.utime(path)
         if os.path.isdir(path):
             found += 1
             continue
@@ -148,6 +155,8 @@ def main() -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         module.fail_json(msg=f"{root} did not answer within {limit} s; run playbooks/recover_mount.yml")
+    if child.returncode != 0:
+        module.fail_json(msg=f"{root}: the lookups ended with {child.returncode}: {' '.join(err.split())[-500:]}")
     if err:
         module.warn(f"{root}: {' '.join(err.split())[:500]}")
     looked, refreshed = json.loads(out or "[0, []]")

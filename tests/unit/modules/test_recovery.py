@@ -470,10 +470,32 @@ def test_what_was_mended_gets_another_time_once(tmp_path):
     assert {one.name: one.stat().st_mtime_ns for one in tmp_path.iterdir()} == {"mended": 9, "replaced": 20, "whole": 7}
 
 
+def test_times_are_renewed_as_they_are(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "directory").mkdir(mode=0o750)
+    for name in ("file", "directory", "."):
+        os.utime(tmp_path / name, ns=(10**18 + 5, 10**18 + 7))
+    before = {name: (tmp_path / name).stat() for name in ("file", "directory", ".")}
+    asked = json.dumps({"names": [], "renew": [*before, "gone"], "refresh": {}, "memory": 0})
+    done = subprocess.run(
+        [sys.executable, "-c", media_lookup.PROGRAM, str(tmp_path)], input=asked, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [3, []] and not done.stderr
+    for name, one in before.items():
+        now = (tmp_path / name).stat()
+        assert (now.st_mode, now.st_mtime_ns) == (one.st_mode, one.st_mtime_ns) and now.st_ctime_ns > one.st_ctime_ns
+
+
 def test_a_change_time_of_zero(tmp_path, monkeypatch):
     records = {
         "zero": "01" + 16 * "0" + 64 * "0",
         "seen": "01" + 16 * "0" + 48 * "0" + "e227f7e574687500",
+        # Left on the roots of bricks by reset-brick, as seen on two labs.
+        "reset": "01" + 52 * "0" + "7f79c0003bd8" + 20 * "0" + "7f79a0018658" + 16 * "0",
+        "other": "01" + 16 * "0" + "00007f307c6e5250000000007002a2e8" + 32 * "0" + "001fe1c5d4376128" + 16 * "0",
+        "nanoseconds": "01" + 16 * "0" + 2 * "000000006b004af6" + 16 * "0" + "000000003b9aca00" + 32 * "0",
+        "ahead": "01" + 16 * "0" + "00007f7c805e0250" + 80 * "0",
         "short": "01",
     }
     good = "01" + 16 * "0" + "000000006b004af6" + 80 * "0"
@@ -485,7 +507,16 @@ def test_a_change_time_of_zero(tmp_path, monkeypatch):
         return bytes.fromhex(records.get(path, good))
 
     monkeypatch.setattr(brick_tree.os, "getxattr", getxattr)
-    assert [name for name in ("zero", "seen", "short", "none", "good") if brick_tree.timeless(name)] == ["zero", "seen"]
+    bad = ["zero", "seen", "reset", "other", "nanoseconds"]
+    assert [name for name in (*bad, "short", "none", "ahead", "good") if brick_tree.timeless(name)] == bad
+
+
+def test_the_root_of_a_brick_is_looked_at_too(run, tmp_path, monkeypatch):
+    (tmp_path / ".glusterfs").mkdir()
+    (tmp_path / "photos").mkdir()
+    monkeypatch.setattr(brick_tree, "timeless", lambda path: path == str(tmp_path))
+    assert run(brick_tree, Gluster({}), path=str(tmp_path)).result["timeless"] == ["."]
+    assert run(brick_tree, Gluster({}), path=str(tmp_path), directories=["photos"]).result["timeless"] == []
 
 
 # --- the module gluster_heal ---
