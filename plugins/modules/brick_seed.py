@@ -113,7 +113,7 @@ def serve(module: AnsibleModule) -> dict[str, object]:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or time.monotonic() > end:
                     raise
-                time.sleep(0.5)
+                time.sleep(0.5)  # nothing tells when a port is free; ask again until `end`
 
     with listen() as listener:
         while (left := end - time.monotonic()) > 0:
@@ -123,8 +123,9 @@ def serve(module: AnsibleModule) -> dict[str, object]:
             except TimeoutError:
                 break
             try:
-                plain.settimeout(STALL)
+                plain.settimeout(max(1.0, end - time.monotonic()))  # one that says nothing does not hold the others up
                 with made.wrap_socket(plain, server_side=True) as connection:
+                    connection.settimeout(STALL)
                     if common_name(connection) != module.params["peer"]:
                         refused = f"; refused: {common_name(connection)}"
                         continue
@@ -133,7 +134,7 @@ def serve(module: AnsibleModule) -> dict[str, object]:
                     with contextlib.suppress(OSError):  # the stream has an end of its own
                         connection.unwrap()
                     return {"files": files, "bytes": size, "why": ""}
-            except ssl.SSLError as error:
+            except (ssl.SSLError, TimeoutError) as error:
                 refused = f"; refused: {error}"
             finally:
                 plain.close()
@@ -147,12 +148,13 @@ def fetch(module: AnsibleModule) -> int:
     end, address = time.monotonic() + module.params["wait"], (peer, module.params["port"])
     while True:
         try:
-            plain = socket.create_connection(address, timeout=STALL)
+            plain = socket.create_connection(address, timeout=max(1.0, end - time.monotonic()))
             break
         except OSError as error:
             if time.monotonic() > end:
                 raise SeedError(f"{peer} does not offer its files: {error}") from None
-            time.sleep(0.2)
+            time.sleep(0.2)  # the other side is just starting; ask again until `end`
+    plain.settimeout(STALL)
     with plain, context(module, ssl.PROTOCOL_TLS_CLIENT).wrap_socket(plain) as connection:
         if common_name(connection) != peer:
             raise SeedError(f"{peer} shows the certificate of {common_name(connection)}")

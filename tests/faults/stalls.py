@@ -54,7 +54,7 @@ while time.time() < end:
     took = time.time() - began
     if error or took > {LONG}:
         found.append([began, took, error])
-    time.sleep(0.02)
+    time.sleep(0.02)  # a pause, as a visitor makes one
 with open(result + ".part", "w") as stream:
     json.dump([number, found], stream)
 os.rename(result + ".part", result)

@@ -520,7 +520,7 @@ class Probe(threading.Thread):
             else:
                 self.port = port
                 self._talk(port)
-            time.sleep(self.pause)
+            time.sleep(self.pause)  # between two connections; the watcher does not wait for this thread
 
     def _talk(self, port: int) -> None:
         """Ping on one connection until it ends."""
@@ -534,7 +534,7 @@ class Probe(threading.Thread):
                     secure.sendall(ping_call(number))
                     self._answer(secure)
                     self.found, self.asked, self.refusal = OK, None, ""
-                    time.sleep(self.pause)
+                    time.sleep(self.pause)  # between two questions: this is the probe's rate
         except ssl.SSLError as error:  # an alert is an answer
             self.found, self.refusal = OK, str(error)
         except OSError:
@@ -973,7 +973,7 @@ def settled(call: Mapping[str, Any], reached: Callable[[Mapping[str, Any]], bool
     status = ask(call)
     end = time.monotonic() + limit
     while "error" not in status and not reached(status) and time.monotonic() < end:
-        time.sleep(0.05)
+        time.sleep(0.05)  # the service tells when it is asked; ask again until `end`
         status = ask({"do": "status"})
     return status
 

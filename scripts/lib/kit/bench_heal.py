@@ -97,7 +97,7 @@ def heal(lab: Lab, volume: Volume, files: int, size: int) -> float:
                 asked = True
             if now > LIMIT:
                 raise KitError(f"{missed} entries were to heal in {LIMIT:.0f} s; still waiting, by brick: {left}.")
-            time.sleep(0.5)
+            time.sleep(0.5)  # Gluster tells nobody that it is done; ask again, until LIMIT
         if (held := same(volume, directory)) != files:
             raise KitError(f"{files} files were written, {SINK} holds {held}.")
         return now

@@ -437,3 +437,25 @@ def test_a_port_that_is_taken_is_awaited(tmp_path: Path, side: Side) -> None:
             state="serve", path=str(tmp_path / "good"), peer="sink", port=number, wait=1, **pool.node("localhost")
         )
     assert "in use" in served["why"] and side.done == []
+
+
+def test_one_that_says_nothing_does_not_hold_the_server_up(tmp_path: Path, side: Side) -> None:
+    pool, number, answers = Pool(tmp_path / "pool"), port(), list[dict[str, Any]]()
+    empty(tmp_path / "good")
+    with patch_module_args(
+        {"state": "serve", "path": str(tmp_path / "good"), "peer": "sink", "port": number, "wait": 2}
+        | pool.node("localhost")
+    ):
+        server = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+        server.start()
+        silent = None
+        for _ in range(200):
+            try:
+                silent = socket.create_connection(("localhost", number), timeout=5)
+                break
+            except OSError:
+                threading.Event().wait(0.02)
+        assert silent is not None, "nobody listened"
+        server.join(15)
+        silent.close()
+    assert not server.is_alive() and "sink did not come" in answers[0]["why"] and side.done == []
