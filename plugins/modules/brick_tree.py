@@ -48,26 +48,15 @@ import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry
-
-LAST = 2**36
-"""Seconds; a later time, after the year 4000, is none."""
+from ansible_collections.tribrick.media.plugins.module_utils.gluster import spoilt_times
 
 
 def timeless(path: str) -> bool:
-    """Whether GlusterFS's record holds a change time of zero, or a time of modification or access that is none.
-
-    It is a byte, 8 bytes of flags, then seconds and nanoseconds of change, modification and access, 8 bytes each.
-    C(reset-brick) and C(replace-brick) leave what was in memory on the root of every brick (11.1). A brick that is
-    started with that lets nobody but root in. A change time far ahead does no harm, and nothing brings it back.
-    """
+    """Whether GlusterFS's record of times at *path* does harm; no record does none."""
     try:
-        record = os.getxattr(path, "trusted.glusterfs.mdata", follow_symlinks=False)
+        return spoilt_times(os.getxattr(path, "trusted.glusterfs.mdata", follow_symlinks=False))
     except OSError:
         return False
-    if len(record) < 17:
-        return False
-    numbers = [int.from_bytes(record[start : start + 8], "big") for start in range(9, len(record) - 7, 8)]
-    return numbers[0] == 0 or max([0, *numbers[2::2]]) > LAST or max([0, *numbers[3::2]]) >= 10**9
 
 
 def read(root: str, directory: str) -> dict[str, dict]:
