@@ -5,6 +5,7 @@ A service beside nginx, without Django's settings, a database or a network::
     python -m tribrick.purge run        # what the unit does
     python -m tribrick.purge status     # how far it is, as JSON
     python -m tribrick.purge purge NAME...
+    python -m tribrick.purge tell       # the same for a cache elsewhere, such as a CDN's
 
 It is configured by environment variables:
 
@@ -18,6 +19,8 @@ It is configured by environment variables:
 ``TRIBRICK_PURGE_FILL``         seconds from a request's start until its file lies in the cache; 60
 ``TRIBRICK_PURGE_FRESH``        age of the ledger in seconds up to which nothing is missing in it; 10
 ``TRIBRICK_PURGE_GRACE``        seconds that a start waits for such a ledger; 15
+``TRIBRICK_PURGE_COMMAND``      for ``tell``: command line of a shell that gets the paths of deleted files,
+                                encoded, one a line, on standard input; not 0: it is called again later
 =============================== =====================================================================
 
 The order of a delete is tombstone, unlink, purge. A request that was begun before the unlink may put the
@@ -33,6 +36,11 @@ nginx serves from the cache only while the file ``open`` is there. It is made wh
 that is up to date are purged. A node that was away is thereby kept from serving what was deleted meanwhile.
 If the ledger cannot be brought up to date within ``GRACE`` seconds of a start, because the database is
 away, the cache is opened all the same: what was cached before is served, and the status says so.
+
+``tell`` does the same for a cache that only a program of its operator can empty. It keeps a place and a run
+directory of its own, and begins with what is deleted after its first start. A command that fails ends it; when
+it is started again it begins at the first name that was not taken twice, at the delete and ``FILL`` seconds later.
+So the command hears each name twice or more often, and from every node.
 """
 
 from __future__ import annotations
@@ -47,6 +55,7 @@ import os
 import re
 import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -54,6 +63,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from tribrick.ledger import Ledger, LedgerError
 
@@ -69,6 +79,9 @@ _TEMPORARY: Final = re.compile(r"\.[0-9]+")
 _HEAD: Final = 8192
 _KEY: Final = re.compile(rb"\nKEY: (.*)bytes=[0-9]+-[0-9]+\n")
 _PAGE: Final = 1000
+_BATCH: Final = 100
+_PATIENCE: Final = 60.0
+"""Seconds that the command of ``tell`` may take for a batch."""
 
 
 class PurgeError(Exception):
@@ -116,6 +129,9 @@ class Cache:
             self._touched.add(place.parent)
         return gone
 
+    def sent(self) -> None:
+        """Nothing more is to be done for what was dropped."""
+
     def settle(self) -> None:
         """Make what was removed durable: after a power cut it must not be back while its number is noted."""
         while self._touched:
@@ -143,6 +159,36 @@ class Cache:
                         gone[plain[found[1]]] += 1
         self.settle()
         return gone
+
+
+class Told(Cache):
+    """A cache elsewhere, which a command empties."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(Path("elsewhere"))
+        self.command = command
+        self._paths: list[str] = []
+
+    def drop(self, path: str, size: int) -> int:
+        """Remember the path; :meth:`sent` tells the command."""
+        self._paths.append(quote(path.encode("utf-8", "surrogateescape")))
+        return 1
+
+    def sent(self) -> None:
+        """Give the command what was dropped; raise :class:`PurgeError` if it does not take it."""
+        while self._paths:
+            batch, self._paths = self._paths[:_BATCH], self._paths[_BATCH:]
+            text = "".join(f"{path}\n" for path in batch)
+            try:
+                done = subprocess.run(
+                    ["/bin/sh", "-c", self.command],
+                    input=text, text=True, capture_output=True, timeout=_PATIENCE, check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                raise PurgeError(f"the purge command did not end within {_PATIENCE:.0f} s") from None
+            if done.returncode != 0:
+                said = " ".join((done.stderr or done.stdout).split())[-300:]
+                raise PurgeError(f"the purge command ended with {done.returncode}: {said or 'it said nothing'}")
 
 
 # The purger
@@ -189,10 +235,12 @@ class Purger:
     """Follows the ledger, empties the cache of what was deleted, and opens the gate."""
 
     def __init__(
-        self, ledger: Path, cache: Cache, state: Path, run: Path, directories: list[str], times: Times
-    ) -> None:
+        self, ledger: Path, cache: Cache, state: Path, run: Path, directories: list[str], times: Times,
+        *, only_new: bool = False,
+    ) -> None:  # fmt: skip
         self.ledger, self.cache, self.times = ledger, cache, times
         self.directories = directories
+        self._only_new = only_new  # at the very first start: begin with what comes from now on
         self.noted, self.gate, self.said = state / "purged.json", run / "open", run / "status.json"
         self._began = time.monotonic()
         self._due: list[Due] = []
@@ -226,6 +274,8 @@ class Purger:
 
     def _read(self, ledger: Ledger) -> News | None:
         before = self._seen or self._done
+        if before is None and self._only_new and not self.noted.exists():
+            return News(Place(*ledger.last()), [])
         if before is None or (before.number and ledger.chain(before.number) != before.chain):
             return self._everything(ledger)
         names, number = [], before.number
@@ -275,6 +325,7 @@ class Purger:
         for name, size in names:
             for directory in self.directories:
                 self._removed += self.cache.drop(f"{PREFIX}{directory}{name}", size)
+        self.cache.sent()
 
     # How far it is.
 
@@ -386,16 +437,21 @@ def _directories(given: Mapping[str, str]) -> list[str]:
     return found
 
 
-def purger(environ: Mapping[str, str] | None = None) -> Purger:
-    """Return the purger that the environment describes; raise :class:`PurgeError` if it cannot work."""
+def purger(environ: Mapping[str, str] | None = None, *, tell: bool = False) -> Purger:
+    """Return the purger that the environment describes, or the one that *tells* a command; raise :class:`PurgeError` if it cannot work."""
     given = os.environ if environ is None else environ
     times = Times(
         fill=_number(given, "FILL", Times.fill),
         fresh=_number(given, "FRESH", Times.fresh),
         grace=_number(given, "GRACE", Times.grace),
     )
-    ledger, cache, state, run = (_path(given, key) for key in ("LEDGER", "CACHE", "STATE", "RUN"))
-    return Purger(ledger, Cache(cache), state, run, _directories(given), times)
+    ledger, state, run = (_path(given, key) for key in ("LEDGER", "STATE", "RUN"))
+    if tell:
+        command = given.get("TRIBRICK_PURGE_COMMAND", "")
+        if not command.strip():
+            raise PurgeError("TRIBRICK_PURGE_COMMAND must be given")
+        return Purger(ledger, Told(command), state, run, _directories(given), times, only_new=True)
+    return Purger(ledger, Cache(_path(given, "CACHE")), state, run, _directories(given), times)
 
 
 def _status(environ: Mapping[str, str]) -> int:
@@ -421,6 +477,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("status", help="0: up to date, 1: the ledger is not followed, 2: the purger does not run")
     one = commands.add_parser("purge", help="remove names from the cache of this node now")
     one.add_argument("names", nargs="+", metavar="NAME", help="stored name, e.g. photos/a/3/cat.jpg")
+    commands.add_parser("tell", help="follow the ledger, and give what was deleted to TRIBRICK_PURGE_COMMAND")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
@@ -434,7 +491,7 @@ def main(arguments: list[str] | None = None) -> int:
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        purger().run(stop)
+        purger(tell=options.command == "tell").run(stop)
     except (PurgeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

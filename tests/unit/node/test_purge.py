@@ -18,7 +18,7 @@ import yaml
 
 from tribrick import ledger, purge
 from tribrick.ledger import Entry
-from tribrick.purge import PIECE, Cache, PurgeError, Purger, Times, keys, purger
+from tribrick.purge import PIECE, Cache, PurgeError, Purger, Times, Told, keys, purger
 from tribrick.testing import wait_for
 
 ROLE = Path(__file__).resolve().parents[3] / "roles/media_edge"
@@ -296,6 +296,53 @@ def test_purge_by_hand_and_status(
     assert purge.main(["status"]) == 1
 
 
+def teller(node: Node, command: str, **times: float) -> Purger:
+    return Purger(node.ledger, Told(command), node.state, node.run, [""], Times(**times), only_new=True)
+
+
+def test_a_command_hears_of_what_is_deleted_from_now_on(node: Node, tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+    node.note("added", "photos/old")
+    node.note("deleted", "photos/old")
+    made = teller(node, f"cat >>{heard}", fill=0.2)
+    made.look()
+    node.note("added", "photos/cafe\u0301 1.png")
+    node.note("deleted", "photos/cafe\u0301 1.png")
+
+    def done() -> bool:
+        made.look()
+        return bool(node.status["done"] == 4)
+
+    wait_for(done, "the last word", 10)
+    assert set(heard.read_text().splitlines()) == {"/media/photos/cafe%CC%81%201.png"}
+    assert len(heard.read_text().splitlines()) >= 2  # a fill may end after the first
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("echo no key >&2; exit 7", "ended with 7: no key"), ("exec sleep 60", "did not end within")]
+)
+def test_a_command_that_fails_hears_it_again(
+    node: Node, tmp_path: Path, command: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(purge, "_PATIENCE", 0.5)
+    teller(node, "exit 9").look()  # the first start notes the place
+    node.note("added")
+    node.note("deleted")
+    with pytest.raises(PurgeError, match=said):
+        teller(node, command).look()
+    heard = tmp_path / "heard"
+    teller(node, f"cat >>{heard}").look()  # another command, since the first was wrong
+    assert heard.read_text() == f"/media/{NAME}\n"
+
+
+def test_a_command_gets_batches(node: Node, tmp_path: Path) -> None:
+    teller(node, "exit 9").look()
+    for number in range(purge._BATCH + 1):
+        node.note("deleted", f"photos/{number}")
+    teller(node, f"wc -l >>{tmp_path}/heard").look()
+    assert [int(line) for line in (tmp_path / "heard").read_text().split()] == [purge._BATCH, 1]
+
+
 @pytest.mark.parametrize("bad", [
     {"LEDGER": ""}, {"CACHE": "relative"}, {"FILL": "0"}, {"FILL": "x"}, {"GRACE": "-1"}, {"DIRECTORIES": "a//b"},
     {"DIRECTORIES": "/a"}, {"DIRECTORIES": "a:../b"},
@@ -323,7 +370,8 @@ def options(name: str) -> dict[str, list[str]]:
 
 def test_the_program_takes_the_roles_environment() -> None:
     given = dict(re.findall(r'^(\w+)="([^"\\]*)"$', rendered("edge.env.j2"), re.MULTILINE))
-    assert set(given) == set(re.findall(r"``(TRIBRICK_PURGE_\w+)``", str(purge.__doc__)))
+    told = {"TRIBRICK_PURGE_COMMAND"}  # another service has it
+    assert set(given) | told == set(re.findall(r"``(TRIBRICK_PURGE_\w+)``", str(purge.__doc__)))
     made = purger(given)
     assert (made.times, made.directories) == (Times(), [""]), "the role's defaults are the program's"
     web = yaml.safe_load((ROLE.parent / "media_web/defaults/main.yml").read_text())
@@ -352,6 +400,14 @@ def test_the_units_start_programs_that_are_there(monkeypatch: pytest.MonkeyPatch
     assert options("tribrick-purge.service.j2")["StateDirectory"] == [Path(os.environ["TRIBRICK_PURGE_STATE"]).name]
     assert options("tribrick-purge.service.j2")["RuntimeDirectory"] == [Path(os.environ["TRIBRICK_PURGE_RUN"]).name]
     assert sys.modules["tribrick.purge"] is purge
+    [line] = options("tribrick-purge-tell.service.j2")["ExecStart"]
+    words, own = line.split(), options("tribrick-purge-tell.service.j2")
+    for word in words:
+        if "=" in word:
+            monkeypatch.setenv(*word.split("=", 1))
+    assert words[-4:-1] == ["-I", "-m", purge.__name__] and purge.main(words[-1:]) == 0
+    assert [Path(os.environ["TRIBRICK_PURGE_STATE"]).name] == own["StateDirectory"]
+    assert [Path(os.environ["TRIBRICK_PURGE_RUN"]).name] == own["RuntimeDirectory"]
 
 
 def test_the_rights_of_both() -> None:
