@@ -171,6 +171,7 @@ class Told(Cache):
 
     def drop(self, path: str, size: int) -> int:
         """Remember the path; :meth:`sent` tells the command."""
+        del size  # its pieces are the other cache's own matter
         self._paths.append(quote(path.encode("utf-8", "surrogateescape")))
         return 1
 
@@ -438,7 +439,10 @@ def _directories(given: Mapping[str, str]) -> list[str]:
 
 
 def purger(environ: Mapping[str, str] | None = None, *, tell: bool = False) -> Purger:
-    """Return the purger that the environment describes, or the one that *tells* a command; raise :class:`PurgeError` if it cannot work."""
+    """Return the purger that the environment describes, or the one that is to *tell* a command.
+
+    Raises :class:`PurgeError` if it cannot work.
+    """
     given = os.environ if environ is None else environ
     times = Times(
         fill=_number(given, "FILL", Times.fill),
