@@ -253,6 +253,7 @@ class Purger:
     def look(self) -> None:
         """Do what is due now: one pass. Close the cache if that is not possible."""
         age, news, trouble = None, None, ""
+        running = time.monotonic() - self._began
         try:
             with Ledger(self.ledger) as ledger:
                 age = ledger.age()  # before the look: what comes in between makes it younger, not older
@@ -269,7 +270,7 @@ class Purger:
         except BaseException:
             self.gate.unlink(missing_ok=True)
             raise
-        self._decide(age)
+        self._decide(age, running)
 
     # What the ledger says.
 
@@ -355,8 +356,10 @@ class Purger:
 
     # The gate.
 
-    def _decide(self, age: float | None) -> None:
-        fresh = age is not None and age <= self.times.fresh
+    def _decide(self, age: float | None, running: float) -> None:
+        # A ledger that was young when the node went down is not up to date: only one that was followed since.
+        followed = age is not None and (self.gate.exists() or age < running)
+        fresh = age is not None and age <= self.times.fresh and followed
         if fresh:
             self._open()
             state = "up to date"

@@ -46,6 +46,12 @@ class Node:
     def purger(self, directories: tuple[str, ...] = ("",), **times: float) -> Purger:
         return Purger(self.ledger, self.cache, self.state, self.run, list(directories), Times(**times))
 
+    def running(self, **times: float) -> Purger:
+        """One that was started a second ago, so that the ledger was followed since."""
+        made = self.purger(**times)
+        made._began -= 1
+        return made
+
     def note(self, kind: str, name: str = NAME, size: int = 10) -> None:
         database = ledger._writable(self.ledger)
         with contextlib.closing(database):
@@ -202,11 +208,24 @@ def test_the_cache_opens_when_a_fresh_ledger_is_applied(node: Node) -> None:
     node.note("added")
     node.note("deleted")
     mine = node.fill()
-    made = node.purger()
+    made = node.running()
     assert not node.gate
     made.look()
     assert node.gate and not there(mine)
     assert node.status["current"] and node.status["state"] == "up to date"
+
+
+def test_a_ledger_that_was_young_when_the_node_went_down_does_not_open_the_cache(node: Node) -> None:
+    node.note("added")
+    mine = node.fill()
+    time.sleep(0.05)  # the clock of file times is coarse
+    made = node.purger()
+    made.look()
+    assert not node.gate and not node.status["current"] and "waits" in node.status["state"]
+    made._began -= 1
+    node.note("deleted")
+    made.look()
+    assert node.gate and not there(mine)
 
 
 @pytest.mark.parametrize("absent", [False, True])
@@ -230,7 +249,7 @@ def test_after_a_boot_without_the_database_it_waits_and_then_serves_what_it_has(
 def test_what_was_deleted_while_the_node_was_away_goes_before_the_cache_opens(node: Node) -> None:
     node.note("added")
     node.age(60)
-    made = node.purger()
+    made = node.running()
     mine = node.fill()
     made.look()
     assert not node.gate and there(mine)
@@ -243,9 +262,9 @@ def test_a_restart_keeps_the_cache_open_and_a_cache_that_cannot_be_emptied_close
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.note("added")
-    node.purger().look()
+    node.running().look()
     node.age(60)
-    made = node.purger()
+    made = node.running()
     made.look()
     assert node.gate
     node.note("deleted")
@@ -288,7 +307,7 @@ def test_purge_by_hand_and_status(
     assert purge.main(["purge", NAME]) == 0
     assert "3 removed" in capsys.readouterr().out
     assert (there(mine), there(other)) == (0, 1)
-    node.purger().look()
+    node.running().look()
     assert purge.main(["status"]) == 0
     assert json.loads(capsys.readouterr().out)["current"]
     node.age(60)
