@@ -310,7 +310,10 @@ class Node:
         return {head.split(b"\nKEY: ")[1].split(b"\n")[0] for head in heads if b"\nKEY: " in head}
 
     def purger(self, **times: float) -> Purger:
-        return Purger(self.ledger, Cache(self.cache), self.state, self.run, [""], Times(**times))
+        """One that was started a second ago: the ledger was followed since."""
+        made = Purger(self.ledger, Cache(self.cache), self.state, self.run, [""], Times(**times))
+        made._began -= 1
+        return made
 
 
 def pair(base: Path, *, spools: bool) -> Iterator[Node]:
