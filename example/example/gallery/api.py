@@ -5,7 +5,8 @@ method   address               answer
 =======  ====================  ===========================================================
 POST     ``/api/media/``       201 ``{"url", "name", "sha256", "size", "node"}``
 GET      ``/api/media/``       200 the caller's files, newest first: ``limit``, ``before``
-GET      ``/api/media/NAME``   200 the row
+GET      ``/api/media/NAME``   200 the row; of a private file with ``link=SECONDS`` also ``link``, an
+                               address that shows it to everybody for so long
 PUT      ``/api/media/NAME``   201 as POST, a new version under a new name; the old stays;
                                409 if NAME was deleted
 DELETE   ``/api/media/NAME``   204, also when it was deleted before; 404 for an unknown name
@@ -28,7 +29,7 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.csrf import csrf_exempt
 
-from example.gallery import services, uploads
+from example.gallery import links, services, uploads
 from example.gallery.models import Token, Version
 from example.gallery.services import Refused
 from tribrick.models import MediaFile, State
@@ -151,4 +152,6 @@ def item(request: HttpRequest, user: Any, name: str) -> HttpResponse:
     version = services.find(user, name)
     if version.deleted:
         raise Refused(404, "deleted", "This file was deleted.")
-    return JsonResponse(row(version))
+    seconds = _number(request, "link", None, links.LONGEST)
+    link = {"link": f"{version.url}?{links.query(version.file.name, seconds)}"} if seconds and version.private else {}
+    return JsonResponse(row(version) | link)

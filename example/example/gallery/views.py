@@ -17,7 +17,7 @@ from django.utils.http import content_disposition_header
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
-from example.gallery import api, errors, services, uploads
+from example.gallery import api, errors, links, services, uploads
 from example.gallery.models import Picture, Version
 from example.gallery.services import Refused
 from tribrick.models import State
@@ -72,6 +72,7 @@ def picture(request: HttpRequest, pk: int) -> HttpResponse:
     context = {
         "picture": found,
         "shown": found.current,
+        "link": f"{found.current.url}?{links.query(found.current.file.name, 86400)}" if found.private else "",
         "versions": found.versions.filter(file__state=State.STORED).select_related("file").order_by("-file__version"),
         "may_change": request.user.is_authenticated
         and (found.owner_id == request.user.pk or request.user.is_superuser),
@@ -138,11 +139,15 @@ def delete(request: HttpRequest, pk: int) -> HttpResponse:
 @require_safe
 def private_file(request: HttpRequest, name: str) -> HttpResponse:
     """Check who asks for a private file, then let nginx send it."""
-    user = api.user_of(request) or request.user
     name = f"private/{name}"
-    if not user.pk or "\0" in name:
+    if "\0" in name:
         raise Http404
-    versions = Version.objects.filter(file__owner=user.pk, file__state=State.STORED).select_related("file")
+    versions = Version.objects.filter(file__state=State.STORED).select_related("file")
+    if not links.allows(request, name):
+        user = api.user_of(request) or request.user
+        if not user.pk:
+            raise Http404
+        versions = versions.filter(file__owner=user.pk)
     version = versions.filter(file__name=name).first()
     content_type = version.file.content_type if version else "image/jpeg"
     version = version or versions.filter(thumbnail__name=name).first()

@@ -159,9 +159,15 @@ def test_private_files(api: Api, other: Any, png: Any) -> None:
     with override_settings(TRIBRICK_STANDBY_KEY="secret"):
         signed = api.send("GET", answer["url"])["X-Tribrick-Signed"]
     assert verify(signed, {"site": "secret"}, "GET", answer["name"]) == EMPTY
+    assert "link" not in api.send("GET", response["Location"]).json()
+    link = api.send("GET", response["Location"] + "?link=60").json()["link"]
+    assert Client().get(link)["X-Accel-Redirect"] == "/_protected/" + answer["name"]
+    for seconds in ("0", "-1", "9" * 9, "x"):
+        refused(api.send("GET", f"{response['Location']}?link={seconds}"), 400, "bad_request")
     bob = Api("secret-of-bob")
     for method in ("GET", "DELETE"):
         refused(bob.send(method, response["Location"]), 404, "not_found")
+        refused(bob.send(method, response["Location"] + "?link=60"), 404, "not_found")
     refused(bob.send("PUT", response["Location"], png()), 404, "not_found")
     assert bob.send("GET", answer["url"]).status_code == 404
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
@@ -190,6 +192,28 @@ def test_private_album(site: Client, visitor: Client, other: Any, png: Any) -> N
         assert "X-Accel-Redirect" not in client.get(f"/{stored}")
     assert "نامه" not in bob.get("/album/").content.decode()
     assert site.get("/private/../photos/x").status_code == 404
+
+
+def test_a_link_shows_a_private_file_to_everybody_until_its_time(site: Client, visitor: Client, png: Any) -> None:
+    address = upload(site, png(), fields={"private": "1"})["Location"]
+    upload(site, png(1), fields={"private": "1"})
+    stored, other = (version.file.name for version in Version.objects.order_by("pk"))
+    shown = site.get(address).content.decode()
+    link = html.unescape(re.search(rf'href="(/{re.escape(stored)}\?[^"]+)"', shown)[1])  # type: ignore[index]
+    got = visitor.get(link)
+    assert (got.status_code, got["X-Accel-Redirect"]) == (200, f"/_protected/{stored}")
+    assert got["Cache-Control"].startswith("private")
+    until = re.search(r"until=(\d+)", link)[1]  # type: ignore[index]
+    later = str(int(until) + 1)
+    for wrong in (
+        link.replace(stored, other), link.replace(until, later), link[:-1], link.replace("signature", "x"),
+        link.replace(until, "%00"), f"{link}%C3%A9", f"/{stored}?until={later}", f"/{stored}",
+    ):  # fmt: skip
+        assert visitor.get(wrong).status_code == 404, wrong
+    with mock.patch("time.time", return_value=float(until)):
+        assert visitor.get(link).status_code == 404
+    assert site.post(f"{address}delete/", form_of(site, address)).status_code == 302
+    assert visitor.get(link).status_code == 404
 
 
 def test_files_that_a_browser_might_run_are_attachments(site: Client) -> None:
