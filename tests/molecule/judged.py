@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from faults import workload
 from faults.checker import RED, Report
 from faults.torture import Run, summary
-from helpers import LONG, NODES, SEED, Rig, chance, wait_until
+from helpers import LONG, NODES, SEED, Rig, chance, sha256, wait_until
 from kit.faults import inside
 from kit.lab import ROOT
 from kit.run import Console
@@ -108,6 +110,29 @@ def goes_on(
             f"{what}s through {', '.join(hosts)}",
             lambda what=what: all(acknowledged(run, since, what, (host,)) for host in hosts), deadline,
         )  # fmt: skip
+
+
+def older(rig: Rig) -> dict[str, Any]:
+    """Upload a file and wait until every node's ledger has it, so that each can serve it without the volume."""
+    row = rig.upload(chance("older").choice(NODES))
+
+    def followed(node: str) -> bool:
+        return bool(json.loads(rig.root(node, "tribrick ledger verify --json"))["behind"] == 0)
+
+    for node in NODES:
+        wait_until(f"the ledger of {node} to follow", lambda node=node: followed(node), 30)
+    return row
+
+
+def still_served(rig: Rig, node: str, row: dict[str, Any], within: float = 15.0) -> str:
+    """Return which source gave the file; fail unless this node, which has not cached it, serves it in time."""
+    start = time.monotonic()
+    answer = rig.fetch(node, row, timeout=within)
+    took = time.monotonic() - start
+    assert answer.status_code == 200, f"{node} refused to show a file: {answer.status_code} {answer.text[:200]}"
+    assert answer.headers["X-Cache"] != "HIT", "the cache proves nothing about the sources behind it"
+    assert sha256(answer.content) == row["sha256"] and took < within, took
+    return answer.headers["X-Tribrick-Source"]
 
 
 def joined(run: Run) -> None:

@@ -1,11 +1,11 @@
-"""Nodes that do not hear each other: the majority goes on, the minority refuses, nobody splits the brain."""
+"""Nodes that do not hear each other: the majority goes on, the minority refuses uploads and serves, no split brain."""
 
 from __future__ import annotations
 
 import pytest
 
 from helpers import NODES, wait_until
-from judged import CLEAN, acknowledged, goes_on, hold, joined, nodes, verdict
+from judged import CLEAN, acknowledged, goes_on, hold, joined, nodes, older, still_served, verdict
 
 HOLD = hold(8.0)
 STALL = 60.0
@@ -25,10 +25,13 @@ def refused(rig, node):
 @pytest.mark.parametrize("node", HIT)
 def test_the_majority_goes_on_and_the_minority_refuses(run, rig, fault, node):
     others = tuple(other for other in NODES if other != node)
+    early, late = older(rig), older(rig)
     with run.nemesis.under(fault, [node], clean=CLEAN):
         holds = run.history.now()
+        still_served(rig, node, early)
         goes_on(run, others, deadline=STALL)
         assert refused(rig, node) is None
+        assert still_served(rig, node, late) != "origin", f"{node} has no majority, and its volume answered"
         run.nemesis.hold(HOLD)
         assert acknowledged(run, holds, "upload", (node,)) == 0, f"{node} has no majority and acknowledged an upload"
     goes_on(run)
@@ -45,10 +48,13 @@ def test_flapping(run, node):
 
 def test_everyone_alone(run, rig):
     """From the first moment on, long before anybody has given a connection up."""
+    early, late = older(rig), older(rig)
     with run.nemesis.under("alone", list(NODES), clean=CLEAN):
         holds = run.history.now()
+        rig.everywhere(lambda node: still_served(rig, node, early))
         assert set(rig.everywhere(lambda node: refused(rig, node)).values()) == {None}
         run.nemesis.hold(hold(45.0))
+        assert set(rig.everywhere(lambda node: still_served(rig, node, late)).values()) == {"standby"}
         assert acknowledged(run, holds, "upload", NODES) == 0, "a node without any other acknowledged an upload"
     goes_on(run)
     joined(run)

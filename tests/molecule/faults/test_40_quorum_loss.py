@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from helpers import LONG, NODES, chance, wait_until
-from judged import CLEAN, acknowledged, hold, verdict
+from judged import CLEAN, acknowledged, hold, older, still_served, verdict
 from kit import faults
 
 ORDERS = list(itertools.permutations(NODES))
@@ -16,11 +16,13 @@ HOLD = hold(8.0)
 
 @pytest.mark.parametrize("left", NODES if LONG else (chance("left").choice(NODES),))
 def test_two_nodes_down(run, rig, left):
+    row = older(rig)
     with run.nemesis.under("two-killed", [node for node in NODES if node != left], clean=CLEAN):
         wait_until(f"{left} to refuse", lambda: rig.request("GET", left, "/readyz", timeout=10).status_code == 503, 60)
         late = run.history.now()
         answer = rig.try_upload(left, b"alone", "alone.bin", timeout=60)
         assert answer.status_code == 503 and "Retry-After" in answer.headers, answer.text
+        assert still_served(rig, left, row) == "standby"
         run.nemesis.hold(HOLD)
         assert acknowledged(run, late, "upload", (left,)) == 0
 
