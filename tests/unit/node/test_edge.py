@@ -245,6 +245,18 @@ class Node:
         finally:
             self.start(what)
 
+    def await_origin(self) -> None:
+        """Wait until the origin is asked first again: it failed, and was left out."""
+
+        def first() -> bool:
+            one = name()
+            self.put(self.mount, one, SMALL)
+            self.put(self.mirror, one, SMALL)
+            self.note("added", one, SMALL)
+            return self.get(f"/media/{one}").headers["X-Tribrick-Source"] == "origin"
+
+        wait_for(first, "the origin is asked first", 15)
+
     @contextlib.contextmanager
     def hung(self) -> Iterator[None]:
         """The origin takes connections and never answers."""
@@ -581,7 +593,7 @@ def test_a_hung_origin_stops_nobody(node: Node) -> None:
         answer = node.get(f"/{private}", Cookie="signed")
         assert (answer.content, answer.headers["Content-Type"]) == (SMALL, "image/x-of-the-site")
         assert "private" in answer.headers["Cache-Control"]
-    wait_for(lambda: node.get(f"/media/{name()}").status_code == 404, "the origin is asked again", 15)
+    node.await_origin()
 
 
 def test_visitors_do_not_all_wait_for_an_origin_that_failed(node: Node) -> None:
@@ -596,7 +608,24 @@ def test_visitors_do_not_all_wait_for_an_origin_that_failed(node: Node) -> None:
         for one in names[6:]:
             assert node.get(f"/media/{one}").status_code == 200
         assert time.monotonic() - began < 3.5, "six, of which at most two were a new trial"
-    wait_for(lambda: node.get(f"/media/{name()}").status_code == 404, "the origin is asked again", 15)
+    node.await_origin()
+
+
+def test_what_was_uploaded_just_now_is_served_while_the_origin_is_left_out(node: Node) -> None:
+    known = [name() for _ in range(6)]
+    for one in known:
+        node.note("added", one, SMALL)
+        node.put(node.mirror, one, SMALL)
+    with node.without("origin"):
+        assert {node.get(f"/media/{one}").headers["X-Tribrick-Source"] for one in known[:4]} == {"standby"}
+    assert node.get(f"/media/{known[4]}").headers["X-Tribrick-Source"] == "standby", "the origin is left out"
+    fresh = name()
+    node.put(node.mount, fresh, SMALL)
+    node.put(node.mirror, fresh, SMALL)  # as on the brick of this node
+    answer = node.get(f"/media/{fresh}")
+    assert (answer.status_code, answer.content) == (200, SMALL)
+    assert answer.headers["X-Tribrick-Source"] == "origin"
+    node.await_origin()
 
 
 def test_pieces_of_one_file_may_come_from_two_sources(node: Node) -> None:
@@ -611,7 +640,7 @@ def test_pieces_of_one_file_may_come_from_two_sources(node: Node) -> None:
         answer = node.get(f"/media/{one}")
     assert (answer.headers["X-Cache"], answer.headers["X-Tribrick-Source"]) == ("HIT", "origin")
     assert answer.content == LARGE
-    wait_for(lambda: node.get(f"/media/{name()}").status_code == 404, "the origin is asked again", 15)
+    node.await_origin()
 
 
 def test_what_the_mount_lost_is_no_404_while_the_ledger_knows_it(node: Node) -> None:
@@ -802,7 +831,7 @@ def test_a_closed_gate_keeps_the_standbys_from_serving(node: Node) -> None:
         (node.other.run / "open").touch()
         assert node.get(f"/media/{one}").headers["X-Tribrick-Source"] == "peer"
     (node.run / "open").touch()
-    wait_for(lambda: node.get(f"/media/{name()}").status_code == 404, "the origin is asked again", 15)
+    node.await_origin()
 
 
 def test_nginx_finds_no_fault_with_the_configuration(node: Node) -> None:
