@@ -71,7 +71,7 @@ for name in names + renew:
             seen = os.stat(path)
             os.chmod(path, stat.S_IMODE(seen.st_mode))
             # Explicitly, so that every replica has them; what is no time becomes now.
-            if max(seen.st_atime, seen.st_mtime) < 2**36:
+            if 0 <= min(seen.st_atime, seen.st_mtime) and max(seen.st_atime, seen.st_mtime) < 2**36:
                 os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
             else:
                 os.utime(path)

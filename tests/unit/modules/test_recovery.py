@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from ansible_collections.tribrick.media.plugins.module_utils import contradictions, gluster, recovery
@@ -485,6 +486,16 @@ def test_times_are_renewed_as_they_are(tmp_path):
     for name, one in before.items():
         now = (tmp_path / name).stat()
         assert (now.st_mode, now.st_mtime_ns) == (one.st_mode, one.st_mtime_ns) and now.st_ctime_ns > one.st_ctime_ns
+
+
+@pytest.mark.parametrize("bad", [(-(10**18), 0), (0, -(10**18))])
+def test_a_time_before_all_times_becomes_now(tmp_path, bad):
+    """What memory left in GlusterFS's record comes through the mount as a negative number, too."""
+    os.utime(tmp_path, ns=bad)
+    asked = json.dumps({"names": [], "renew": ["."], "refresh": {}, "memory": 0})
+    words = [sys.executable, "-c", media_lookup.PROGRAM, str(tmp_path)]
+    subprocess.run(words, input=asked, capture_output=True, text=True, check=True)
+    assert abs(tmp_path.stat().st_atime - time.time()) < 60 and abs(tmp_path.stat().st_mtime - time.time()) < 60
 
 
 def test_a_change_time_of_zero(tmp_path, monkeypatch):
