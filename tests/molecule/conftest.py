@@ -16,6 +16,13 @@ def pytest_report_header() -> str:
     return f"set {'long' if LONG else 'short'}, seed {SEED}"
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once why a test failed: a scenario takes long, and may be stopped before pytest sums up."""
+    if report.failed:
+        lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        print("", *(line[:500] for line in lines[:20]), "", sep="\n", flush=True)
+
+
 @pytest.fixture(scope="session")
 def rig() -> Rig:
     """The scenario's lab with an account for the tests."""
