@@ -23,7 +23,7 @@ RANGES = {
     "inside": "bytes=100-299", "first byte": "bytes=0-0", "suffix": "bytes=-100", "rest": "bytes=3145700-",
     "border": f"bytes={MIB - 1}-{MIB}", "over three pieces": f"bytes={MIB - 5}-{2 * MIB + 5}",
     "beyond the end": "bytes=3145800-9999999", "suffix longer than the file": "bytes=-99999999",
-    "several": "bytes=0-9,2000000-2000009", "several that overlap": "bytes=0-99,50-149", "nonsense": "bytes=9-1",
+    "several": "bytes=0-9,2000000-2000009", "several that overlap": "bytes=0-99,50-149",
     "no range": "elephants=1-2",
 }  # fmt: skip
 
@@ -51,42 +51,40 @@ def twice(rig, row, method: str = "GET", **headers: str):
     told = [{key: value for key, value in one.headers.items() if key not in OF_THE_REQUEST} for one in answers]
     assert told[0] == told[1]
     cached = [one.headers.get("X-Cache") for one in answers]
-    assert cached == ["MISS", "HIT"], f"{cached} for {method} {headers}"
+    if first.status_code != 412:  # such an answer is nginx's own page
+        assert cached == ["MISS", "HIT"], f"{cached} for {method} {headers}"
     return second
 
 
-def wanted(asked: str, content: bytes) -> tuple[int, bytes]:
-    """Return status and bytes for a range of the file; several ranges, and what is none, give the whole file."""
+def wanted(asked: str, size: int) -> tuple[int, int] | None:
+    """Return first and last byte of what a range asks for; several ranges, and what is none, give the whole file."""
     unit, _, ranges = asked.partition("=")
     first, _, last = ranges.partition("-")
     if unit != "bytes" or "," in ranges:
-        return 200, content
+        return None
     if not first:
-        return 206, content[-int(last) :]
-    end = int(last) if last else len(content) - 1
-    if end < int(first):
-        return 416, b""
-    return 206, content[int(first) : end + 1]
+        return max(0, size - int(last)), size - 1
+    return int(first), min(int(last or size), size - 1)
 
 
 @pytest.mark.parametrize("kind", RANGES)
 def test_range(rig, large, kind):
     row, content = large
-    answer, (status, body) = twice(rig, row, Range=RANGES[kind]), wanted(RANGES[kind], content)
-    assert answer.status_code == status
-    if status == 416:
+    answer, part = twice(rig, row, Range=RANGES[kind]), wanted(RANGES[kind], len(content))
+    if part is None:
+        assert (answer.status_code, answer.content) == (200, content)
         return
-    assert answer.content == body
-    if status == 206:
-        start = content.index(body) if kind != "suffix longer than the file" else 0
-        assert answer.headers["Content-Range"] == f"bytes {start}-{start + len(body) - 1}/{len(content)}"
+    first, last = part
+    assert (answer.status_code, answer.content) == (206, content[first : last + 1])
+    assert answer.headers["Content-Range"] == f"bytes {first}-{last}/{len(content)}"
 
 
-def test_a_range_behind_the_end(rig, large):
+@pytest.mark.parametrize("asked", ["bytes={}-", "bytes=9-1"], ids=["behind the end", "backwards"])
+def test_a_range_of_nothing(rig, large, asked):
     row, content = large
     cold(rig, row)
     for _ in range(2):
-        answer = rig.fetch(SITE, row, headers={"Range": f"bytes={len(content)}-"})
+        answer = rig.fetch(SITE, row, headers={"Range": asked.format(len(content))})
         assert (answer.status_code, answer.headers["Content-Range"]) == (416, f"bytes */{len(content)}")
 
 
@@ -272,17 +270,17 @@ def test_hostile_address(rig, path):
         assert status in (400, 404), "a name that cannot be is not there; nobody is sent elsewhere for it"
 
 
-POST = b"POST /login/ HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /login/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 HOSTILE = {
-    "bytes": b"GET /caf\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "bytes": b"GET /caf\xc3\xa9 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
     "two hosts": b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
     "no host": b"GET / HTTP/1.1\r\n\r\n",
-    "long": b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "long": b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
     "smuggled": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\n\r\n",
     "two lengths": POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     "unknown coding": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     "space": b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
-    "version": b"GET / HTTP/9.9\r\nHost: x\r\n\r\n",
+    "version": b"GET / HTTP/9.9\r\nHost: x\r\nConnection: close\r\n\r\n",
 }
 
 
