@@ -27,9 +27,10 @@ import requests
 import yaml
 from ansible.parsing.vault import VaultLib, VaultSecret
 
-from kit.lab import ROOT, Lab
+from kit.lab import ROOT, VIP, Lab
 
 NODES = ("node1", "node2", "node3")
+SITE = "the address"  # in the place of a host: the address that the nodes hold in turn
 LONG = os.environ.get("TRIBRICK_SET", "short") == "long"
 SEED = os.environ.get("TRIBRICK_SEED", "0")
 T = TypeVar("T")
@@ -241,7 +242,27 @@ class Rig:
     # --- web
 
     def url(self, host: str) -> str:
-        return self.lab.url(host)
+        return f"http://{self.vip}" if host == SITE else self.lab.url(host)
+
+    @property
+    def vip(self) -> str:
+        return self.lab.address(VIP)
+
+    def holders(self, hosts: Sequence[str] = NODES) -> list[str]:
+        """Return the nodes that have the site's address on an interface; those that do not run have not."""
+        ask = f"ip -oneline address show to {self.vip}"
+        seen = self.everywhere(lambda host: self.running(host) and self.root(host, ask).strip(), hosts)
+        return [host for host, held in seen.items() if held]
+
+    def holder(self, deadline: float = 60) -> str:
+        """Return the one node that has the address."""
+
+        def one() -> str:
+            held = self.holders()
+            assert len(held) == 1, f"held by {held}"
+            return held[0]
+
+        return wait_until("one node to hold the address", one, deadline)
 
     def request(self, method: str, host: str, path: str, timeout: float = 30, **more: Any) -> requests.Response:
         return requests.request(method, self.url(host) + path, timeout=timeout, allow_redirects=False, **more)

@@ -25,6 +25,7 @@ from kit.lab import DATABASE, NODES, Lab, containers
 from kit.run import Console, KitError, capture, wait_for
 
 TABLE = "lab_fault"  # the nftables table of these faults, beside the kit's own
+ARP_TABLE = "lab_fault_arp"
 SSH_PORT = 22
 STEP_WAIT = 60.0
 T = TypeVar("T")
@@ -392,7 +393,7 @@ class Silence(Filtered):
     """The node falls silent: nothing in, nothing out, no goodbye."""
 
     name = "silence"
-    summary = "no packet enters or leaves the node (cut cable)"
+    summary = "no IP packet enters or leaves the node; it still answers ARP"
 
     def inject(self) -> None:
         """Drop everything but loopback."""
@@ -405,6 +406,38 @@ class Silence(Filtered):
             if seen != "silent" or state(self.lab, host) != "running":
                 raise KitError(f"{host} was to be silent and is {seen}, {state(self.lab, host)}.")
         return f"{', '.join(self.hosts)}: no answer on port {SSH_PORT}, container running"
+
+
+class Unplug(Silence):
+    """The node's cable is cut: as silence, and ARP is gone as well, by which a node says that an address is its own."""
+
+    name = "unplug"
+    summary = "no packet and no ARP enters or leaves the node (cut cable)"
+
+    def inject(self) -> None:
+        """Drop ARP, then everything else but loopback."""
+        rules = "".join(
+            f"chain {way} {{ type filter hook {way} priority 0; policy accept; counter drop; }}\n"
+            for way in ("input", "output")
+        )
+        script = f"table arp {ARP_TABLE} {{}}\ndelete table arp {ARP_TABLE}\ntable arp {ARP_TABLE} {{\n{rules}}}\n"
+        everywhere(lambda host: inside(self.lab, host, f"printf %s {shlex.quote(script)} | nft -f -"), self.hosts)
+        super().inject()
+
+    def proof(self) -> str:
+        """As silence, and the rules for ARP stand."""
+        for host in self.hosts:
+            if ARP_TABLE not in inside(self.lab, host, "nft list tables"):
+                raise KitError(f"{host} was to drop ARP and does not.")
+        return super().proof()
+
+    def lift(self) -> None:
+        """Remove the rules for ARP, then the others."""
+        for host in self.hosts:
+            if state(self.lab, host) == "running":
+                there = f"nft list tables | grep -qx 'table arp {ARP_TABLE}' || exit 0"
+                inside(self.lab, host, f"{there}; nft delete table arp {ARP_TABLE}")
+        super().lift()
 
 
 class OneWay(Filtered):
@@ -1112,7 +1145,7 @@ systemctl start postgresql
 FAULTS: dict[str, type[Fault]] = {
     fault.name: fault
     for fault in (
-        Kill, PowerCut, Pause, Silence, OneWay, Partition, Alone, Bridge, Flapping,
+        Kill, PowerCut, Pause, Silence, Unplug, OneWay, Partition, Alone, Bridge, Flapping,
         BrickKill, BrickFreeze, DiskFull, InodesFull, ReadOnly, DiskWiped,
         MountKill, MountHang, GlusterdKill, GlusterdRestart,
         DatabaseStop, DatabaseCut, DatabaseRestart, DatabaseFull,

@@ -43,6 +43,7 @@ SUBNETS = {
     "storages": "198.18.5.0/24",
     "faults": "198.18.6.0/24",
     "outage": "198.18.7.0/24",
+    "serving": "198.18.8.0/24",
 }
 FIRST_FREE_SUBNET = 16
 NODES = {"node1": 11, "node2": 12, "node3": 13}

@@ -54,6 +54,30 @@ def test_who_is_cut_from_whom(here: lab.Lab, name: str, hosts: list[str], cut: s
     assert len(broken) + len(whole) == (2 + len(cut) if name == "bridge" else 3)
 
 
+def test_a_cut_cable_carries_no_arp_either(here: lab.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, lifted = ["table inet tribrick"], list[str]()
+
+    def inside(_lab: lab.Lab, _host: str, script: str, *_more: object) -> str:
+        if "nft list tables | grep" in script:
+            lifted.extend(name for name in (faults.ARP_TABLE, faults.TABLE) if script.endswith(f" {name}"))
+        elif "| nft -f -" in script:
+            tables.append("table arp lab_fault_arp" if "table arp" in script else "table inet lab_fault")
+            assert script.count("counter drop") == 2
+        return "\n".join(tables)
+
+    monkeypatch.setattr(faults, "inside", inside)
+    monkeypatch.setattr(faults, "state", lambda _lab, _host: "running")
+    monkeypatch.setattr(faults, "reach", lambda _address: "silent")
+    fault = faults.make(here, "unplug", ["node2"])
+    with pytest.raises(KitError, match="drop ARP"):
+        fault.proof()
+    fault.inject()
+    assert tables[1:] == ["table arp lab_fault_arp", "table inet lab_fault"]
+    assert "no answer" in fault.proof()
+    fault.lift()
+    assert lifted == [faults.ARP_TABLE, faults.TABLE]
+
+
 def test_a_lab_without_disks_says_how_to_get_them(here: lab.Lab) -> None:
     with pytest.raises(KitError, match="--disks xfs"):
         faults.disk(here, "node1")
