@@ -194,6 +194,14 @@ def test_files_unknown_to_the_catalog_come_from_the_mirror_only(places: Places) 
     assert done.foreign == 1 and files(places.tree) == {"derived/small.jpg": b"thumbnail"}
 
 
+def test_a_mirror_that_has_never_run_keeps_nobody_from_it(places: Places) -> None:
+    name = save()
+    places.mirror.rmdir()
+    done = complete(places)
+    assert done.copied == {"mount": 1} and list(done.away) == ["mirror"] and done.foreign == 0
+    assert files(places.tree) == {name: DATA}
+
+
 def test_only_what_changed_after_a_number(cluster: Any, places: Places) -> None:
     first, gone = save(), save(b"gone")
     before = complete(places)
