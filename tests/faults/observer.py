@@ -1,6 +1,6 @@
 """Looks at a lab: is it clean again, and what is there under every name, in nine places.
 
-In Gluster-free mode nobody looks at mounts and bricks: there the nodes' own trees are the places, beside the web servers.
+In Gluster-free mode the places are the web servers and the nodes' own trees: nobody looks at mounts and bricks.
 """
 
 from __future__ import annotations
