@@ -50,7 +50,7 @@ def in_trees(run, hosts: Sequence[str] = NODES) -> None:
 
 
 def switch(run, rig, name: str) -> None:
-    """Run a playbook of the mode, killed on its way first where it is its turn; see for how long uploads are refused."""
+    """Run a playbook of the mode, killed on its way first where it is its turn; see how long uploads are refused."""
     turn = LONG or name == chance("killed fallback").choice(KILLED)
     since = run.history.now()
     if turn:
