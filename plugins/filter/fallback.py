@@ -21,8 +21,7 @@ def fallback_obstacles(
     found = []
     if not mirror.get("skipped") and not mirror.get("stat", {}).get("exists"):
         found.append(
-            f"{host} has no mirror: put it into the group media_mirror_servers, run playbooks/deploy_mirror.yml, and "
-            "tribrick-mirror run on the host."
+            f"{host} has no mirror: put it into the group media_mirror_servers and run playbooks/deploy_mirror.yml."
         )
     try:
         said = json.loads(status.get("stdout") or "")

@@ -289,7 +289,8 @@ class Complete:
                     self._one(_known(row))
                     done += 1
                     self.progress("files", done, max(done, total))
-            if self.foreign is not None and not self.catalog.after:
+            # A mirror that has never run is away by now.
+            if self.foreign in self.sources and not self.catalog.after:
                 self._take_foreign(self.foreign)
             # In the end, so that what was deleted while it was copied goes again.
             for batch in audit.batches(self.catalog.dead()):

@@ -319,6 +319,45 @@ def measure(window: Window, ops: Sequence[Operation], until: float) -> dict[str,
     return result
 
 
+def refused_reads(
+    events: Sequence[Event], since: float, until: float, hosts: Sequence[str], age: float
+) -> list[Operation]:
+    """Return reads through *hosts* that did not give a file, though it had been acknowledged *age* seconds before.
+
+    Those that began between *since* and *until* and have ended. A file whose delete was asked for by then is no loss.
+    """
+    stored: dict[str, float] = {}
+    asked: dict[str, float] = {}
+    reads = []
+    for op in operations(events):
+        if op.invoke.what in ("upload", "replace") and op.outcome == "ok" and op.end is not None:
+            stored[op.name] = op.end.time
+        elif op.invoke.what == "delete":
+            asked.setdefault(op.name, op.invoke.time)
+        elif op.invoke.what == "read" and op.invoke.host in hosts and since <= op.invoke.time <= until:
+            reads.append(op)
+    return [
+        op
+        for op in reads
+        if op.end is not None
+        and op.end.status != 200
+        and stored.get(op.name, until) + age <= op.invoke.time
+        and op.end.time < asked.get(op.name, float("inf"))
+    ]
+
+
+def refused_for(events: Sequence[Event], since: float, until: float, hosts: Sequence[str]) -> tuple[int, float]:
+    """Return how many uploads through *hosts* were not acknowledged, and the seconds from the first to the last end."""
+    bad = [
+        op
+        for op in operations(events)
+        if op.invoke.what in ("upload", "replace") and op.invoke.host in hosts and since <= op.invoke.time <= until
+        and op.end is not None and op.outcome != "ok"
+    ]  # fmt: skip
+    ends = [op.end.time for op in bad if op.end is not None]
+    return len(bad), round(max(ends) - min(op.invoke.time for op in bad), 2) if bad else 0.0
+
+
 @dataclass
 class Report:
     """The whole judgement."""

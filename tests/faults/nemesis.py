@@ -26,7 +26,7 @@ SCENARIOS: dict[str, dict[str, int]] = {
     "quorum_loss": {"two-killed": 2, "all-power-cut": 3},
     "mount_loss": {"mount-kill": 1, "mount-hang": 1},
     "maintenance": {"glusterd-kill": 1, "glusterd-restart": 1},
-    "outage": {"bricks-killed": 2, "bricks-frozen": 2},
+    "outage": {"bricks-killed": 2, "bricks-frozen": 2, "gluster-stop": 3},
     "database_loss": {"database-stop": 0, "database-cut": 0, "database-restart": 0, "database-full": 0},
 }  # fmt: skip
 ALIASES = {

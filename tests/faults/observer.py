@@ -1,4 +1,7 @@
-"""Looks at a lab: is it clean again, and what is there under every name, in nine places."""
+"""Looks at a lab: is it clean again, and what is there under every name, in nine places.
+
+In Gluster-free mode the places are the web servers and the nodes' own trees: nobody looks at mounts and bricks.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,34 @@ for line in sys.stdin:
 """
 
 
-def places() -> list[str]:
+KINDS = ("web", "mount", "brick")
+OWN_KINDS = ("web", "tree")  # in Gluster-free mode
+MARK = "/etc/tribrick/fallback.json"  # of a node in that mode, or on its way
+
+
+def places(kinds: Sequence[str] = KINDS) -> list[str]:
     """Return where every name is looked at."""
-    return [f"{kind} {node}" for kind in ("web", "mount", "brick") for node in NODES]
+    return [f"{kind} {node}" for kind in kinds for node in NODES]
+
+
+def without_gluster(lab: Lab) -> bool:
+    """Tell whether the nodes that run are in Gluster-free mode; on the way in or out they are not."""
+    there = [node for node in NODES if state(lab, node) == "running"]
+    marks = [inside(lab, node, f"cat {MARK} 2>/dev/null || :") for node in there]
+    return bool(marks) and all(mark and json.loads(mark)["entered"] for mark in marks)
+
+
+def kinds_of(lab: Lab) -> tuple[str, ...]:
+    """Return the kinds of places that count in the lab's mode."""
+    return OWN_KINDS if without_gluster(lab) else KINDS
+
+
+def root_of(lab: Lab, kind: str) -> str:
+    """Return the directory of a kind of place on a node."""
+    variables = lab.site_variables()
+    if kind == "tree":
+        return f"{variables.get('media_mirror_path', '/srv/media-mirror')}/live"
+    return str(variables["tribrick_media_root"] if kind == "mount" else variables["tribrick_brick_path"])
 
 
 def unhealed(lab: Lab, node: str) -> int:
@@ -69,7 +97,17 @@ def spooled(lab: Lab) -> int:
     """Return how many living files are in the spools and not yet on the volume; none in a lab without spools."""
     if not lab.spool:
         return 0
-    query = "select count(*) from tribrick_mediafile where spooled and state = 'stored'"
+    return counted(lab, "tribrick_mediafile where spooled and state = 'stored'")
+
+
+def undelivered(lab: Lab) -> int:
+    """Return how many files wait to be sent to another node's tree."""
+    return counted(lab, "tribrick_outbox where operation = 'put' and done is null")
+
+
+def counted(lab: Lab, what: str) -> int:
+    """Ask the database for a number of rows."""
+    query = f"select count(*) from {what}"  # noqa: S608 - of our own words
     name = lab.site_variables()["tribrick_database_name"]
     return int(inside(lab, DATABASE[0], f"su postgres -c 'psql -qtA -d {name}' <<'SQL'\n{query}\nSQL"))
 
@@ -77,7 +115,8 @@ def spooled(lab: Lab) -> int:
 def clean(lab: Lab, under_way: int = 0) -> str | None:
     """Return None when every node is ready, every brick online and nothing waits to be healed or drained.
 
-    While files are being written, Gluster counts those as waiting too: *under_way* says how many these may be.
+    While files are being written, Gluster counts those as waiting too: *under_way* says how many these may be. In
+    Gluster-free mode nothing may wait to be sent to another node instead.
     """
     try:
         for node in NODES:
@@ -87,6 +126,9 @@ def clean(lab: Lab, under_way: int = 0) -> str | None:
             answer = requests.get(f"{lab.url(node)}/readyz", timeout=(2, 5))
             if answer.status_code != 200:
                 return f"{node} /readyz {answer.status_code}: {answer.text[:200]}"
+        if without_gluster(lab):
+            waiting = undelivered(lab)
+            return f"{waiting} files wait to be sent to other nodes" if waiting > under_way else None
         if offline := bricks_offline(lab, FIRST):
             return f"brick offline: {', '.join(offline)}"
         if (waiting := unhealed(lab, FIRST)) > under_way:
@@ -118,11 +160,9 @@ def look(lab: Lab, kind: str, node: str, names: Sequence[str]) -> list[Seen]:
     if kind == "web":
         with requests.Session() as session:
             return [_fetch(session, lab.url(node), place, name) for name in names]
-    variables = lab.site_variables()
-    root = variables["tribrick_media_root"] if kind == "mount" else variables["tribrick_brick_path"]
     done = subprocess.run(
         ["docker", "exec", "-i", lab.container(node), "timeout", "600", "python3", "-c", LOOK],
-        input="\n".join([root, *names]) + "\n",
+        input="\n".join([root_of(lab, kind), *names]) + "\n",
         capture_output=True,
         text=True,
         timeout=660,
@@ -148,7 +188,7 @@ def _fetch(session: requests.Session, url: str, place: str, name: str) -> Seen:
     return Seen(place, name, "file", len(data), hashlib.sha256(data).hexdigest(), tail)
 
 
-def look_everywhere(lab: Lab, names: Iterable[str], kinds: Sequence[str] = ("web", "mount", "brick")) -> list[Seen]:
+def look_everywhere(lab: Lab, names: Iterable[str], kinds: Sequence[str] = KINDS) -> list[Seen]:
     """Look at names in all places, one node beside the other."""
     ordered = sorted(set(names))
     if not ordered:

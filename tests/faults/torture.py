@@ -73,6 +73,7 @@ class Run:
         # A file in each client's hands, and its directory: three bricks count them.
         under_way = 6 * (self.clients + len(NODES))
         self.nemesis = Nemesis(self.lab, self.history, self.console, self.seed, under_way)
+        self.renames = self.renames and not observer.without_gluster(self.lab)
         self.mark = f"{secrets.token_hex(3)}"
         self.token = account(self.lab, f"judge-{self.mark}")
         self.directory = f"judge-{self.mark}" if self.renames else ""
@@ -116,16 +117,17 @@ class Run:
         self.console.say("judging")
         self.nemesis.under_way = 0
         self.nemesis.recover()
+        kinds = observer.kinds_of(self.lab)
         listed = observer.listing(self.lab, self.token, observer.FIRST, EXTENSION)
         ops = list(operations(self.history.events))
         uploads = {op.name for op in ops if op.invoke.what in ("upload", "replace") and op.outcome == "ok"}
         mounted = {op.invoke.name for op in ops if op.invoke.what == "create"}
         mounted |= {op.invoke.target for op in ops if op.invoke.what == "rename"}
-        self._await_removal(uploads - listed.keys())
-        seen = observer.look_everywhere(self.lab, uploads | listed.keys())
+        self._await_removal(uploads - listed.keys(), kinds[1])
+        seen = observer.look_everywhere(self.lab, uploads | listed.keys(), kinds)
         seen += self._past_caches(observer.look_everywhere(self.lab, mounted, ("mount", "brick")), ops)
         self.history.close()
-        result = report(self.seed, self.history.events, seen, listed, observer.places())
+        result = report(self.seed, self.history.events, seen, listed, observer.places(kinds))
         self._write(result)
         if self.directory and not result.red:  # what was found is to be looked at
             inside(self.lab, observer.FIRST, f"rm -r {self.root}/{self.directory}", deadline=120)
@@ -154,11 +156,11 @@ class Run:
             seen = [fresh.get((one.place, one.name), one) for one in seen]
         return seen
 
-    def _await_removal(self, names: set[str]) -> None:
+    def _await_removal(self, names: set[str], kind: str) -> None:
         """Give the bytes of deleted files, and the caches of the web servers, the time that they may take."""
         end = time.monotonic() + GONE_WAIT
         while names and time.monotonic() < end:
-            seen = observer.look(self.lab, "mount", observer.FIRST, sorted(names))
+            seen = observer.look(self.lab, kind, observer.FIRST, sorted(names))
             seen += [one for node in NODES for one in observer.look(self.lab, "web", node, sorted(names))]
             names = {one.name for one in seen if one.state != "absent"}
             if names:

@@ -61,6 +61,11 @@ def under_load(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Run]:
         run.load.tidy()
 
 
+def others(node: str) -> tuple[str, ...]:
+    """Return the nodes besides one."""
+    return tuple(other for other in NODES if other != node)
+
+
 def hold(long: float, short: float = 3.0) -> float:
     """Return the seconds for which a fault goes on after what was waited for under it."""
     return long if LONG else short

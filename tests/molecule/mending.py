@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import requests
+
 from faults import observer
 from faults.checker import Seen, wanted_hash
 from faults.history import Event, content
 from faults.torture import Run
 from faults.workload import EXTENSION
-from helpers import LONG, NODES, Rig, Rollout, chance
+from helpers import LONG, NODES, Rig, Rollout, chance, sha256
 from kit.lab import ROOT
 
 # Playbooks that want consent. The long set kills each on its way and runs it again, the short set one of them.
@@ -37,6 +39,29 @@ def keep(run: Run, rig: Rig, label: str, size: int, host: str) -> str:
     name = str(answer.json()["name"])
     run.history.add(Event(op, "ok", "upload", 0.0, "test", host, label, size, name, status=201))
     return name
+
+
+def delete(run: Run, rig: Rig, name: str, host: str) -> None:
+    """Delete a file; the verdict is about it, too."""
+    op = run.history.number()
+    run.history.add(Event(op, "invoke", "delete", 0.0, "test", host, name=name))
+    answer = rig.request("DELETE", host, f"/api/media/{name}", headers={"Authorization": f"Token {run.token}"})
+    assert answer.status_code == 204, f"{host} answered {answer.status_code}: {answer.text[:300]}"
+    run.history.add(Event(op, "ok", "delete", 0.0, "test", host, name=name, status=204))
+
+
+def served(
+    run: Run, rig: Rig, files: dict[str, tuple[str, int]], hosts: tuple[str, ...]
+) -> list[requests.Response]:
+    """Each of these nodes serves each of these files (name -> label, size) now, not after a while."""
+    answers = []
+    for name, (label, size) in files.items():
+        for host in hosts:
+            answer = rig.request("GET", host, f"/media/{name}")
+            assert answer.status_code == 200, f"{host} {name}: {answer.status_code} {answer.text[:200]}"
+            assert sha256(answer.content) == wanted_hash(run.seed, label, size), f"{host} {name}: other bytes"
+            answers.append(answer)
+    return answers
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ def test_packages_that_are_missing_are_named(monkeypatch):
 def test_words_for_files_of_a_scenario():
     words = testing.files()
     assert {"node_loss", "quorum_loss", "planted"} <= {word for word, name in words.items() if name == "faults"}
-    assert {word for word, name in words.items() if name == "outage"} == {"outage", "backup"}
+    assert {word for word, name in words.items() if name == "outage"} == {"outage", "fallback", "backup"}
     assert not words.keys() & set(testing.scenarios()) - {"outage"}, "a word means one thing"
     parts, run, _ = testing.parse(["long", "node_loss", "partition"])
     assert list(parts) == ["faults"] and run.only == ("node_loss", "partition") and run.set == "long"

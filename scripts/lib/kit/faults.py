@@ -1008,6 +1008,53 @@ class GlusterdRestart(GlusterdKill):
         """Nothing to lift."""
 
 
+class GlusterStop(Fault):
+    """GlusterFS is gone: glusterd, brick and self-heal daemon are dead and stay so. The mounts' processes live."""
+
+    name = "gluster-stop"
+    summary = "the node's glusterd, brick and self-heal daemon die and stay away"
+
+    def patterns(self) -> tuple[str, ...]:
+        """Those of glusterd, the brick and the self-heal daemon."""
+        return "/usr/sbin/gluster[d] ", brick_pattern(self.lab), "glusterf[s] .*shd/"
+
+    def left(self, host: str) -> list[int]:
+        """Return what runs of them."""
+        return [pid for pattern in self.patterns() for pid in processes(self.lab, host, pattern)]
+
+    def inject(self) -> None:
+        """Kill them, glusterd first: it would start the others again. Its unit is stopped, so that it stays away."""
+
+        def kill(host: str) -> None:
+            stop = "systemctl kill -s KILL --kill-whom=main glusterd || :; systemctl stop glusterd"
+            inside(self.lab, host, stop, deadline=90)
+            if found := self.left(host):
+                inside(self.lab, host, f"kill -KILL {' '.join(map(str, found))} || :")
+
+        everywhere(kill, self.hosts)
+
+    def proof(self) -> str:
+        """None of them is left."""
+        for host in self.hosts:
+            if found := self.left(host):
+                raise KitError(f"{host}: GlusterFS was to be gone; there is still {found}.")
+        return f"{', '.join(self.hosts)}: no glusterd, no brick, no self-heal daemon"
+
+    def lift(self) -> None:
+        """Start glusterd, which starts the others; side by side, since one alone has no quorum."""
+        script = "systemctl reset-failed glusterd || :; systemctl start glusterd"
+        alive = [host for host in self.hosts if state(self.lab, host) == "running"]
+        everywhere(lambda host: inside(self.lab, host, script, deadline=90), alive)
+
+    def ended(self) -> str | None:
+        """glusterd and the brick run."""
+        for host in self.hosts:
+            for pattern in self.patterns()[:2]:
+                if not processes(self.lab, host, pattern):
+                    return f"{host} runs no process like '{pattern}'"
+        return None
+
+
 class DatabaseStop(Fault):
     """PostgreSQL is away; its host refuses connections."""
 
@@ -1147,7 +1194,7 @@ FAULTS: dict[str, type[Fault]] = {
     for fault in (
         Kill, PowerCut, Pause, Silence, Unplug, OneWay, Partition, Alone, Bridge, Flapping,
         BrickKill, BrickFreeze, DiskFull, InodesFull, ReadOnly, DiskWiped,
-        MountKill, MountHang, GlusterdKill, GlusterdRestart,
+        MountKill, MountHang, GlusterdKill, GlusterdRestart, GlusterStop,
         DatabaseStop, DatabaseCut, DatabaseRestart, DatabaseFull,
     )
 }  # fmt: skip

@@ -57,7 +57,7 @@ examples:
   ./scripts/test long [NAME]     the long set: every node, every order
   ./scripts/test default         one part by its name
   ./scripts/test node_loss       one file of the fault tests
-  ./scripts/test outage          the volume away; ./scripts/test backup: everything lost; or both words
+  ./scripts/test outage          the volume away; fallback: GlusterFS gone; backup: everything lost; or several words
   ./scripts/test list
 
 TRIBRICK_SEED fixes what is otherwise chosen by the commit; it is printed.

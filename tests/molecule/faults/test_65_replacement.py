@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from faults.history import content
 from helpers import CLIENT, LONG, NODES, chance, wait_until
-from judged import faults, goes_on, nodes, verdict
+from judged import faults, goes_on, nodes, others, verdict
 from kit.faults import reach
 from kit.lab import NODES as KIT_NODES
 from kit.lab import ROOT, SPARE, containers, create, http, prepare
@@ -25,10 +25,6 @@ STATE = "/var/lib/glusterd"
 
 def of(node: str) -> tuple[str, str]:
     return f"--extra-vars=node={node}", "--extra-vars=confirm=yes"
-
-
-def others(node: str) -> tuple[str, ...]:
-    return tuple(other for other in NODES if other != node)
 
 
 def peers(rig, host: str) -> dict[str, str]:

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
 
 import pytest
 
 from faults import observer
 from faults.checker import wanted_hash
-from faults.history import Event, content
-from faults.workload import EXTENSION
-from helpers import LONG, NODES, chance, sha256, wait_until
-from judged import CLEAN, acknowledged, goes_on, hold, joined, nodes, verdict
-from mending import keep
+from helpers import LONG, NODES, chance, wait_until
+from judged import CLEAN, acknowledged, goes_on, hold, joined, nodes, others, verdict
+from mending import delete, keep, served
 
 DRAINED = 90.0  # seconds from the volume's return until nothing is left in the spools
 DEADLINE = 10.0  # of the site's calls on the volume
-# Runs on a node: an upload past nginx, whose workers wait for a hung mount. One JSON object in, one out.
-PAST = """
-import http.client, json, random, socket, sys, time
-q = json.load(sys.stdin)
-data = random.Random(q["content"]).randbytes(q["size"])
-line = socket.socket(socket.AF_UNIX)
-line.settimeout(60)
-line.connect("/run/tribrick/site.sock")
-site = http.client.HTTPConnection("site")
-site.sock = line
-head = '--x\\r\\nContent-Disposition: form-data; name="file"; filename="%s"\\r\\n\\r\\n' % q["filename"]
-kind = "multipart/form-data; boundary=x"
-headers = {"Host": q["host"], "Authorization": "Token " + q["token"], "Content-Type": kind}
-start = time.monotonic()
-site.request("POST", "/api/media/", head.encode() + data + b"\\r\\n--x--\\r\\n", headers)
-answer = site.getresponse()
-print(json.dumps([answer.status, answer.read().decode(), time.monotonic() - start]))
-"""
-
-
-def others(node: str) -> tuple[str, ...]:
-    return tuple(other for other in NODES if other != node)
+FOLLOWED = 10.0  # seconds until a spooled file is served by all nodes
 
 
 def sql(rig, query: str) -> str:
@@ -77,21 +51,11 @@ def drained(rig, hosts: tuple[str, ...] = NODES) -> None:
         wait_until(f"the spool of {node} to be empty", lambda node=node: not known(rig, spooled(rig, node)), DRAINED)
 
 
-def served(run, rig, files: dict[str, tuple[str, int]], hosts: tuple[str, ...]) -> None:
-    """Each of these nodes serves each of these files (name -> label, size) now, not after a while."""
-    for name, (label, size) in files.items():
-        for host in hosts:
-            answer = rig.request("GET", host, f"/media/{name}")
-            assert answer.status_code == 200, f"{host} {name}: {answer.status_code} {answer.text[:200]}"
-            assert sha256(answer.content) == wanted_hash(run.seed, label, size), f"{host} {name}: other bytes"
-
-
-def delete(run, rig, name: str, host: str) -> None:
-    op = run.history.number()
-    run.history.add(Event(op, "invoke", "delete", 0.0, "test", host, name=name))
-    answer = rig.request("DELETE", host, f"/api/media/{name}", headers={"Authorization": f"Token {run.token}"})
-    assert answer.status_code == 204, f"{host} answered {answer.status_code}: {answer.text[:300]}"
-    run.history.add(Event(op, "ok", "delete", 0.0, "test", host, name=name, status=204))
+def followed(run, rig, files: dict[str, tuple[str, int]], hosts: tuple[str, ...]) -> None:
+    """All these nodes serve these files once their ledgers know them: who cannot ask the volume goes by those."""
+    start = time.monotonic()
+    wait_until("what was spooled to be served", lambda: served(run, rig, files, hosts), FOLLOWED)
+    run.console.say(f"  spooled files served by {', '.join(hosts)} after {time.monotonic() - start:.1f} s")
 
 
 def status(rig, host: str, name: str) -> int:
@@ -117,7 +81,7 @@ def test_two_bricks_die_and_a_node_with_spooled_files_loses_its_power(run, rig, 
             sizes = {f"spooled-{cut}-{number}": 70_000 + number for number in range(6)}
             hosts = [*NODES, *NODES]
             files = {keep(run, rig, label, size, hosts.pop()): (label, size) for label, size in sizes.items()}
-            served(run, rig, files, NODES)
+            followed(run, rig, files, NODES)
             holders = {name: [node for node in NODES if name in spooled(rig, node)] for name in files}
             assert all(len(found) >= 2 for found in holders.values()), holders
             gone = keep(run, rig, f"gone-{cut}", 5000, cut)
@@ -144,21 +108,10 @@ def test_two_bricks_die_and_a_node_with_spooled_files_loses_its_power(run, rig, 
         run.nemesis.recover(cut)
 
 
-def past_nginx(run, rig, node: str, label: str, size: int) -> tuple[str, float]:
-    """Upload by the site's socket; return the stored name and how long it took."""
-    op = run.history.number()
-    question = {
-        "host": urlsplit(rig.url(node)).netloc, "token": run.token, "filename": f"{label}{EXTENSION}",
-        "content": f"{run.seed} {label} {size}", "size": size,
-    }  # fmt: skip
-    run.history.add(Event(op, "invoke", "upload", 0.0, "test", node, label, size))
-    said = rig.root(node, f"python3 -c {shlex.quote(PAST)}", timeout=90, text_in=json.dumps(question))
-    code, body, seconds = json.loads(said)
-    assert code == 201, f"{node} answered {code}: {body[:300]}"
-    row = json.loads(body)
-    assert row["sha256"] == sha256(content(run.seed, label, size))
-    run.history.add(Event(op, "ok", "upload", 0.0, "test", node, label, size, row["name"], status=201))
-    return row["name"], seconds
+def timed(run, rig, label: str, size: int, host: str) -> tuple[str, float]:
+    """Upload; return the stored name and how long it took."""
+    start = time.monotonic()
+    return keep(run, rig, label, size, host), time.monotonic() - start
 
 
 def waiting(rig, node: str) -> int:
@@ -173,26 +126,25 @@ def same_size(rig, place: str, node: str, size: int) -> list[str]:
     return rig.root(node, script).split()
 
 
-@pytest.mark.parametrize("node", nodes("late write"))
-def test_a_late_write_races_the_drain(run, rig, node):
-    """Its mount hangs, so it spools after its deadline; then the write ends late while all three nodes drain.
-
-    Of one node: where a mount hangs, its nginx does too, and with it the receiver that a peer needs.
-    """
+@pytest.mark.parametrize("hung", [*((node,) for node in nodes("late write")), NODES], ids=",".join)
+def test_a_late_write_races_the_drain(run, rig, hung):
+    """Its mount hangs, so it spools after its deadline; then the write ends late while all three nodes drain."""
     joined(run)
-    wanted = {f"late-{node}-{number}": 300_001 + 2 * number for number in range(3)}
-    before = {size: set(same_size(rig, rig.mount, node, size)) for size in wanted.values()}
-    with run.nemesis.under("mount-hang", [node], clean=False):
+    wanted = {f"late-{'-'.join(hung)}-{number}": 300_001 + 2 * number for number in range(3)}
+    before = {size: set(same_size(rig, rig.mount, hung[0], size)) for size in wanted.values()}
+    with run.nemesis.under("mount-hang", list(hung), clean=False):
+        hosts = [hung[number % len(hung)] for number in range(len(wanted))]
         with ThreadPoolExecutor(len(wanted)) as pool:
-            answers = list(pool.map(lambda label: past_nginx(run, rig, node, label, wanted[label]), wanted))
-        hung = waiting(rig, node)
+            answers = list(pool.map(lambda *one: timed(run, rig, *one), wanted, wanted.values(), hosts))
+        late = {node: waiting(rig, node) for node in hung}
         assert max(seconds for _, seconds in answers) > 0.9 * DEADLINE, f"nobody had waited for the volume: {answers}"
-        assert hung, "no write is left that could end late"
-    run.console.say(f"  {hung} calls of the site ended late")
+        assert all(late.values()), f"no write is left that could end late: {late}"
+        files = dict(zip([name for name, _ in answers], wanted.items(), strict=True))
+        followed(run, rig, files, NODES)
+    run.console.say(f"  {sum(late.values())} calls of the sites ended late")
     goes_on(run)
     drained(rig)
-    names = [name for name, _ in answers]
-    for name, size in zip(names, wanted.values(), strict=True):
+    for name, (_, size) in files.items():
         for place in (rig.mount, rig.brick):
             for at in NODES:
                 wait_until(
@@ -202,7 +154,7 @@ def test_a_late_write_races_the_drain(run, rig, node):
                     ),
                     DRAINED,
                 )  # fmt: skip
-    served(run, rig, dict(zip(names, wanted.items(), strict=True)), NODES)
+    served(run, rig, files, NODES)
 
 
 def test_the_database_is_away_while_uploads_are_spooled(run, rig):
@@ -211,6 +163,7 @@ def test_the_database_is_away_while_uploads_are_spooled(run, rig):
     with run.nemesis.under("brick-kill", hit, clean=False):
         goes_on(run)
         files = {keep(run, rig, "before-the-database", 9000, hit[0]): ("before-the-database", 9000)}
+        followed(run, rig, files, NODES)
         with run.nemesis.under("database-stop", [], clean=False):
             late, before = run.history.now(), {node: spooled(rig, node) for node in NODES}
             assert all(refused(rig, node) for node in NODES)
@@ -229,11 +182,21 @@ def test_the_database_is_away_while_uploads_are_spooled(run, rig):
 
 @pytest.mark.parametrize("alone", NODES if LONG else (chance("alone").choice(NODES),))
 def test_two_nodes_are_down(run, rig, alone):
-    """One disk is no promise: each upload is refused, and of none a row or a copy is left."""
+    """One disk is no promise: each upload is refused, and of none a row or a copy is left. Reads go on."""
     added = "select count(*) from tribrick_change where kind = 'added'"  # deletes need no volume, and go on
     joined(run)
+    sizes = {f"older-{alone}-{number}": 40_000 + number for number in range(4)}
+    files = {keep(run, rig, label, size, alone): (label, size) for label, size in sizes.items()}
+    gone = keep(run, rig, f"older-gone-{alone}", 6000, alone)
+    delete(run, rig, gone, alone)
+    wait_until(
+        f"the ledger of {alone} to know them", lambda: ", 0 behind" in rig.root(alone, "tribrick ledger verify"), 30
+    )
     with run.nemesis.under("two-killed", list(others(alone)), clean=CLEAN):
         wait_until(f"{alone} to refuse", lambda: refused(rig, alone), 60)
+        for answer in served(run, rig, files, (alone,)):
+            assert answer.headers["X-Tribrick-Source"] == "standby", dict(answer.headers)
+        assert status(rig, alone, gone) == 404
         late, number, before = run.history.now(), sql(rig, added), spooled(rig, alone)
         assert refused(rig, alone)
         run.nemesis.hold(hold(8.0))

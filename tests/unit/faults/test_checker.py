@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faults.checker import RED, Seen, Verdict, histogram, judge, report, wanted_hash, windows, wrong_bytes
+from faults.checker import (
+    RED,
+    Seen,
+    Verdict,
+    histogram,
+    judge,
+    refused_for,
+    refused_reads,
+    report,
+    wanted_hash,
+    windows,
+    wrong_bytes,
+)
 from faults.history import CLASSES, SIZES, Event, content, from_line, operations, to_line
 from faults.observer import places
 
@@ -359,3 +371,49 @@ def test_a_run_without_faults_is_measured_too() -> None:
 def test_buckets() -> None:
     counts = histogram([0.05, 0.1, 0.2, 100.0])
     assert counts["<= 0.1 s"] == 2 and counts["<= 0.3 s"] == 1 and counts["longer"] == 1 and sum(counts.values()) == 4
+
+
+def refused(world: World, age: float = 5.0, since: float = 0.0, hosts: tuple[str, ...] = ("",)) -> list[int]:
+    return [op.end.status for op in refused_reads(world.events, since, world.clock, hosts, age) if op.end is not None]
+
+
+def test_a_read_is_refused_if_it_does_not_give_a_file_that_is_old_enough() -> None:
+    world = World()
+    name = world.upload("a")
+    world.read(name, 503)  # too young
+    world.read(name)
+    assert refused(world) == []
+    world.read(name, 503)
+    world.read(name, 404)
+    world.read("photos/never-stored", 404)
+    assert refused(world) == [503, 404]
+    world.read(name, 0)
+    world.events[-1].kind = "fail"
+    assert refused(world) == [503, 404, 0]
+    assert refused(world, since=world.clock - 1) == [0] and refused(world, hosts=("node2",)) == []
+    assert refused(world, age=100.0) == []
+
+
+@pytest.mark.parametrize("kind", ["ok", "info", None])
+def test_a_file_whose_delete_was_asked_for_need_not_be_read(kind: str | None) -> None:
+    world = World()
+    name = world.upload("a")
+    for _ in range(3):
+        world.read(name)
+    world.delete(name, kind)
+    world.read(name, 404)
+    world.read(name, 503)
+    assert refused(world) == []
+
+
+def test_how_long_uploads_were_refused() -> None:
+    world = World()
+    world.upload("a")
+    assert refused_for(world.events, 0, world.clock, ("",)) == (0, 0.0)
+    before = world.clock
+    for kind in ("info", "ok", "fail"):
+        world.upload(kind, kind)
+    world.upload("open", None)
+    assert refused_for(world.events, 0, world.clock, ("",)) == (2, 5.0)
+    assert refused_for(world.events, before + 3, world.clock, ("",)) == (1, 1.0)
+    assert refused_for(world.events, 0, world.clock, ("node1",)) == (0, 0.0)

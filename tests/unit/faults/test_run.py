@@ -85,6 +85,7 @@ def lab(site: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     LocalMount.root = str(mount)
     monkeypatch.setattr(workload, "MountClient", LocalMount)
     monkeypatch.setattr(observer, "look", look)
+    monkeypatch.setattr(observer, "without_gluster", lambda lab_: False)
     monkeypatch.setattr(observer, "clean", lambda lab_, under_way=0: None)
     monkeypatch.setattr(torture, "inside", lambda lab_, node, script, **more: os.system(script) and None)  # noqa: S605
     monkeypatch.setattr(torture, "account", lambda lab_, user: "t")
@@ -201,3 +202,36 @@ def test_old_names_that_only_a_mount_remembers(
     monkeypatch.setattr(observer, "look", look)
     assert torture.main([*WORDS, "--minutes", "0.02", "--pause", "0.1"]) == (1 if red else 0)
     assert asked, "nothing was renamed"
+
+
+def test_in_gluster_free_mode_trees_are_looked_at_and_nobody_renames_on_mounts(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observer, "without_gluster", lambda lab_: True)
+    look, places = observer.look, set()
+
+    def seen(lab_: Any, kind: str, node: str, names: list[str]) -> list[Seen]:
+        places.add(f"{kind} {node}")
+        return look(lab_, kind, node, names)
+
+    monkeypatch.setattr(observer, "look", seen)
+    assert torture.main(["--scenario", "none", "--minutes", "0.02", "--clients", "2"]) == 0
+    assert places == set(observer.places(("web", "tree")))
+    facts = json.loads((lab.state / "torture" / "none-1" / "report.json").read_text(encoding="utf-8"))
+    assert facts["numbers"]["operations"]["create"] == 0 and facts["counts"]["stable"] > 0
+
+
+@pytest.mark.parametrize(
+    ("marks", "mode"),
+    [
+        (["", "", ""], False),
+        (['{"entered": true}', "", '{"entered": true}'], False),
+        (['{"entered": true}', '{"entered": false}', '{"entered": true}'], False),
+        (['{"entered": true}'] * 3, True),
+    ],
+)
+def test_the_mode_is_that_of_all_nodes(monkeypatch: pytest.MonkeyPatch, marks: list[str], mode: bool) -> None:
+    said = dict(zip(observer.NODES, marks, strict=True))
+    monkeypatch.setattr(observer, "state", lambda _lab, _node: "running")
+    monkeypatch.setattr(observer, "inside", lambda _lab, node, _script: said[node])
+    assert observer.without_gluster(None) is mode  # type: ignore[arg-type]

@@ -194,6 +194,14 @@ def test_files_unknown_to_the_catalog_come_from_the_mirror_only(places: Places) 
     assert done.foreign == 1 and files(places.tree) == {"derived/small.jpg": b"thumbnail"}
 
 
+def test_a_mirror_that_has_never_run_keeps_nobody_from_it(places: Places) -> None:
+    name = save()
+    places.mirror.rmdir()
+    done = complete(places)
+    assert done.copied == {"mount": 1} and list(done.away) == ["mirror"] and done.foreign == 0
+    assert files(places.tree) == {name: DATA}
+
+
 def test_only_what_changed_after_a_number(cluster: Any, places: Places) -> None:
     first, gone = save(), save(b"gone")
     before = complete(places)
@@ -220,7 +228,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save()
-    free = shutil.disk_usage(places.tree).free
+    free = 1 << 30
+    monkeypatch.setattr(fallback, "free_at", lambda _path: free)
     with pytest.raises(audit.AuditError, match=r"to stay free.*nothing was written"):
         complete(places, reserve=free - len(DATA) // 2)
     assert files(places.tree) == {}
