@@ -455,9 +455,9 @@ def test_the_quarantine_tells_names_and_times(brick, monkeypatch):
 
 def test_what_was_mended_gets_another_time_once(tmp_path):
     """The time is a new one for every copy in any quarantine, the same on whichever node it is set, and set once."""
-    for name, time in {"mended": 7, "replaced": 20, "whole": 7}.items():
+    for name, when in {"mended": 7, "replaced": 20, "whole": 7}.items():
         (tmp_path / name).write_bytes(b"good")
-        os.utime(tmp_path / name, ns=(5, time))
+        os.utime(tmp_path / name, ns=(5, when))
     kept = media_lookup.together([{"mended": [7], "gone": [1]}, {}, {"mended": [8], "replaced": [21]}])
     assert kept == {"mended": [7, 8], "gone": [1], "replaced": [21]}
 
