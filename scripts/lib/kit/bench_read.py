@@ -3,7 +3,8 @@
 On node1 an nginx of this command's own serves the same files from the node's local disk ("local"), from the mount as
 one would without this kit ("stock"), and passes requests to the kit's origin ("origin", one hop more). The site's own
 nginx, with its cache, is the "edge". The four take turns; wrk on this machine asks for random files. Hot: every file
-was read once before. Cold: files that this node has never read, each once. Any answer but 200 ends the run.
+was read once before, and the edge has it in its cache. Cold: files that this node has never read, each once, through an
+edge whose cache is empty. Any answer but 200 ends the run. The cache is empty in the end, too.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from statistics import median
 from typing import Final
 
 from kit.bench import Figures, Say
 from kit.benchlib import Ratio, Series, median_ratio, picture_of_ratios, positive
+from kit.benchnginx import HERE, PORT, nginx
 from kit.engine import apt_install
 from kit.faults import inside
 from kit.lab import Lab
@@ -34,10 +37,9 @@ from kit.run import Console, KitError, capture
 SIZES: Final = {"50k": (51_200, 500, 200), "5m": (5 * 2**20, 10, 10)}
 WAYS: Final = ("local", "stock", "origin", "edge")
 NODE, WRITER = "node1", "node2"
-PORT: Final = 18_088
 BLOCKS, SECONDS, CONNECTIONS = 3, 4.0, (16,)
-ORIGIN: Final = "/run/tribrick/origin.sock"
-HERE: Final = "/var/lib/tribrick-bench"
+ORIGIN: Final = "/run/tribrick-origin/origin.sock"
+CACHE: Final = "/var/cache/nginx/media"
 WRITE: Final = """
 import os, sys
 place, files, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -47,29 +49,15 @@ for number in range(files):
         file.write(os.urandom(size))
         os.fchmod(file.fileno(), 0o644)
 """
-NGINX: Final = """
-pid /run/tribrick-bench.pid;
-error_log stderr;
-user www-data;
-worker_processes auto;
-events { worker_connections 1024; }
-http {
-    access_log off;
-    sendfile on;
-    tcp_nopush on;
-    keepalive_requests 100000;
-    server {
-        listen PORT reuseport;
+LOCATIONS: Final = """
         location /local/ { alias HERE/files/; }
         location /stock/ { alias MEDIA/; }
         location /origin/ {
-            proxy_pass http://unix:ORIGIN:/media/;
+            proxy_pass http://unix:ORIGIN:/;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
             proxy_buffering on;
         }
-    }
-}
 """
 WRK: Final = """
 math.randomseed(SEED)
@@ -82,6 +70,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", action="append", choices=list(SIZES), help="only this size; may be repeated")
     parser.add_argument("--blocks", type=positive, default=BLOCKS, metavar="N", help=f"turns (default: {BLOCKS})")
     parser.add_argument("--connections", type=positive, action="append", metavar="N", help="at a time (default: 16)")
+    parser.add_argument("--files", type=positive, metavar="N", help="files of a hot set, instead of 500 and 10")
     parser.add_argument("--no-cold", action="store_true", help="leave the cold passes out")
 
 
@@ -107,29 +96,28 @@ class Servers:
     def write(self, place: str, files: int, size: int, way: str = "") -> None:
         """Write files through the mount of another node; for local disk, copy them."""
         words = f"{self.media}/{self.directory}/{place} {files} {size}"
-        inside(self.lab, WRITER, f"python3 -c '{WRITE}' {words}", deadline=300)
+        patience = 300 + files / 10
+        inside(self.lab, WRITER, f"python3 -c '{WRITE}' {words}", deadline=patience)
         if way in ("", "local"):
             to = f"{HERE}/files/{self.directory}"
-            inside(self.lab, NODE, f"mkdir -p {to} && cp -a {self.media}/{self.directory}/{place} {to}/", deadline=300)
+            copy = f"mkdir -p {to} && cp -a {self.media}/{self.directory}/{place} {to}/"
+            inside(self.lab, NODE, copy, deadline=patience)
+
+    def empty(self) -> None:
+        """Take everything out of the edge's cache, as docs/serving.md says; nginx may go on meanwhile."""
+        inside(self.lab, NODE, f"! test -d {CACHE} || find {CACHE} -ignore_readdir_race -type f -delete", deadline=300)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Serve for a while; leave nothing behind."""
-        words = {"PORT": str(PORT), "HERE": HERE, "MEDIA": self.media, "ORIGIN": ORIGIN}
-        text = re.sub("|".join(words), lambda match: words[match[0]], NGINX)
-        self._clear()
-        inside(self.lab, NODE, f"mkdir -p {HERE}/files && cat >{HERE}/nginx.conf <<'END'\n{text}\nEND")
-        inside(self.lab, NODE, f"nginx -c {HERE}/nginx.conf")
+        words = {"HERE": HERE, "MEDIA": self.media, "ORIGIN": ORIGIN}
+        text = re.sub("|".join(words), lambda match: words[match[0]], LOCATIONS)
         try:
-            yield
+            with nginx(self.lab, NODE, text):
+                yield
         finally:
-            self._clear()
-            inside(self.lab, WRITER, f"rm -rf {self.media}/{self.directory}", deadline=300)
-
-    def _clear(self) -> None:
-        pid = "/run/tribrick-bench.pid"
-        script = f"test ! -s {pid} || kill $(cat {pid}); while test -s {pid}; do sleep 0.1; done; rm -rf {HERE}"
-        inside(self.lab, NODE, script, deadline=60)
+            inside(self.lab, WRITER, f"rm -rf {self.media}/{self.directory}", deadline=3600)
+            self.empty()
 
 
 def wrk(base: str, files: int, connections: int, seconds: float) -> float:
@@ -178,6 +166,21 @@ def once(base: str, files: int, size: int, connections: int) -> float:
     return files / (time.monotonic() - started)
 
 
+def check_cached(base: str) -> None:
+    """Refuse to call an edge hot whose cache gives nothing away. Without this kit's edge there is no such header."""
+    url = urllib.parse.urlsplit(base)
+    connection = HTTPConnection(url.hostname or "", url.port or 80, timeout=60)
+    try:
+        connection.request("HEAD", f"{url.path}/0.jpg")
+        said = connection.getresponse().getheader("X-Cache")
+    except (OSError, HTTPException) as error:
+        raise KitError(f"{base}: {error!r}") from None
+    finally:
+        connection.close()
+    if said not in (None, "HIT"):
+        raise KitError(f"{base}/0.jpg was read before, and is {said} in the cache; ask {NODE}: tribrick-edge status")
+
+
 def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
     """Measure."""
     if capture(["which", "wrk"], deadline=10, check=False).returncode:
@@ -189,30 +192,38 @@ def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
     with servers.running():
         for name in options.size or SIZES:
             size, files, few = SIZES[name]
+            files = options.files or files
+            say(f"{name}: {files} files are written, and read once each way")
             servers.write(name, files, size)
             for way in ways:
                 once(servers.base(way, name), files, size, 8)
+            check_cached(servers.base("edge", name))
             for connections in options.connections or CONNECTIONS:
                 tag = name if connections == CONNECTIONS[0] else f"{name}_{connections}"
-                figures |= hot(servers, ways, (name, tag), connections, options.blocks, say)
+                figures |= hot(servers, ways, Hot(name, tag, files), connections, options.blocks, say)
             if not options.no_cold:
                 figures |= cold(servers, ways, name, few, options.blocks, say)
     return figures
 
 
-def hot(
-    servers: Servers, ways: Sequence[str], names: tuple[str, str], connections: int, blocks: int, say: Say
-) -> Figures:
-    """Measure files that were read before; *names* are the size's and the figure's."""
-    name, tag = names
-    files = SIZES[name][1]
+@dataclass(frozen=True)
+class Hot:
+    """A set of files that were read before: its place, the name of its figures, and how many."""
+
+    name: str
+    tag: str
+    files: int
+
+
+def hot(servers: Servers, ways: Sequence[str], of: Hot, connections: int, blocks: int, say: Say) -> Figures:
+    """Measure files that were read before."""
     rates: dict[str, list[list[float]]] = {way: [] for way in ways}
     for block in range(blocks):
         for way in ways if block % 2 == 0 else reversed(ways):
-            rates[way].append([wrk(servers.base(way, name), files, connections, SECONDS)])
+            rates[way].append([wrk(servers.base(way, of.name), of.files, connections, SECONDS)])
         said = ", ".join(f"{way} {rates[way][-1][0]:.0f}" for way in ways)
-        say(f"hot {tag}, block {block + 1} of {blocks}, requests a second: {said}")
-    return compare(f"hot_{tag}", rates)
+        say(f"hot {of.tag}, block {block + 1} of {blocks}, requests a second: {said}")
+    return compare(f"hot_{of.tag}", rates)
 
 
 def cold(servers: Servers, ways: Sequence[str], name: str, files: int, blocks: int, say: Say) -> Figures:
@@ -223,6 +234,7 @@ def cold(servers: Servers, ways: Sequence[str], name: str, files: int, blocks: i
         for way in ways if block % 2 == 0 else reversed(ways):
             place = f"cold-{name}-{way}-{block}"
             servers.write(place, files, size, way)
+            servers.empty()
             rates[way].append([once(servers.base(way, place), files, size, 8)])
         said = ", ".join(f"{way} {rates[way][-1][0]:.0f}" for way in ways)
         say(f"cold {name}, block {block + 1} of {blocks}, files a second: {said}")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kit import bench, bench_read
+from kit import bench, bench_read, benchnginx
+from kit.lab import ROOT
 from kit.run import KitError
 
 SAID = """Running 4s test @ http://198.18.0.11/
@@ -45,6 +46,7 @@ class Files(BaseHTTPRequestHandler):
 
     asked: list[str] = []  # noqa: RUF012
     bad: dict[str, tuple[int, int]] = {}  # noqa: RUF012
+    cache = ""
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -53,8 +55,13 @@ class Files(BaseHTTPRequestHandler):
         status, size = self.bad.get(self.path, (200, 100))
         self.send_response(status)
         self.send_header("Content-Length", str(size))
+        if self.cache:
+            self.send_header("X-Cache", self.cache)
         self.end_headers()
-        self.wfile.write(b"x" * size)
+        if self.command == "GET":
+            self.wfile.write(b"x" * size)
+
+    do_HEAD = do_GET
 
     def log_message(self, *_words: Any) -> None:
         """Say nothing."""
@@ -87,17 +94,58 @@ def test_nobody_there(base: str) -> None:
         bench_read.once("http://127.0.0.1:9/x", 1, 1, 1)
 
 
+@pytest.mark.parametrize("said", ["", "HIT"])
+def test_a_hot_edge_answers_from_its_cache(base: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Files, "cache", said)
+    bench_read.check_cached(base)
+
+
+@pytest.mark.parametrize("said", ["MISS", "BYPASS", "STALE"])
+def test_an_edge_that_caches_nothing_is_not_hot(base: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Files, "cache", said)
+    with pytest.raises(KitError, match=f"is {said} in the cache"):
+        bench_read.check_cached(base)
+
+
+def test_an_nginx_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+    lab: Any = argparse.Namespace(addresses={"node1": "198.18.0.11"})
+    monkeypatch.setattr(benchnginx, "inside", lambda _lab, _node, script, **_more: done.append(script))
+
+    def ends() -> None:
+        with benchnginx.nginx(lab, "node1", "location /x/ { return 204; }") as address:
+            assert address == "http://198.18.0.11:18088"
+            assert "location /x/" in done[1] and "listen 18088" in done[1] and "PID" not in done[1]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ends()
+    assert "rm -rf /var/lib/tribrick-bench" in done[0] and done[-1] == done[0]
+
+
+def test_the_paths_are_those_of_the_roles() -> None:
+    def text(role: str, file: str) -> str:
+        return (ROOT / "roles" / role / file).read_text(encoding="utf-8")
+
+    assert f"__media_edge_origin: {bench_read.ORIGIN.rpartition('/')[0]}\n" in text("media_edge", "vars/main.yml")
+    assert f"media_edge_cache: {bench_read.CACHE}\n" in text("media_edge", "defaults/main.yml")
+
+
 class FakeServers:
     """In place of a lab: addresses that nobody asks."""
 
     def __init__(self) -> None:
         self.written: list[tuple[str, int, int, str]] = []
+        self.emptied = 0
 
     def base(self, way: str, place: str) -> str:
         return f"{way} {place}"
 
     def write(self, place: str, files: int, size: int, way: str = "") -> None:
         self.written.append((place, files, size, way))
+
+    def empty(self) -> None:
+        self.emptied += 1
 
 
 SPEED = {"local": 100.0, "stock": 25.0, "origin": 50.0, "edge": 95.0}
@@ -113,12 +161,13 @@ def test_ways_take_turns_and_become_ratios(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bench_read, "wrk", speed)
     monkeypatch.setattr(bench_read, "once", speed)
     servers: Any = FakeServers()
-    found = bench_read.hot(servers, bench_read.WAYS, ("50k", "50k"), 16, 2, lambda _text: None)
+    found = bench_read.hot(servers, bench_read.WAYS, bench_read.Hot("50k", "50k", 500), 16, 2, lambda _text: None)
     assert [one.split()[0] for one in asked] == [*bench_read.WAYS, *reversed(bench_read.WAYS)]
     assert found["edge_hot_50k_to_local_low"] <= found["edge_hot_50k_to_local"] <= found["edge_hot_50k_to_local_high"]
     assert found["stock_hot_50k_to_local"] < found["origin_hot_50k_to_local"]
     found |= bench_read.cold(servers, bench_read.WAYS, "5m", 10, 2, lambda _text: None)
     assert len({place for place, *_ in servers.written}) == 8, "no file is read twice"
+    assert servers.emptied == 8, "the cache is empty before each pass"
     figures: bench.Figures = found | {"ways": ", ".join(bench_read.WAYS), "debian": "13", "connections": "16"}
     bench.check_flat(figures)
     told = bench_read.lines(figures)
