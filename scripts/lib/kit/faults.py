@@ -409,20 +409,32 @@ class Silence(Filtered):
 
 
 class Unplug(Silence):
-    """The node's cable is cut: as silence, and ARP is gone as well, by which a node says that an address is its own."""
+    """The node's cable is cut: as silence, and ARP is gone as well, by which a node says that an address is its own.
+
+    Both go and return at one moment: a node that has ARP without IP takes an address that it cannot serve.
+    """
 
     name = "unplug"
     summary = "no packet and no ARP enters or leaves the node (cut cable)"
 
+    def change(self, host: str, more: str = "") -> None:
+        """Remove our tables if they are there, and make others, in one step."""
+        names = (f"inet {TABLE}", f"arp {ARP_TABLE}")
+        script = "".join(f"table {name} {{}}\ndelete table {name}\n" for name in names) + more
+        inside(self.lab, host, f"printf %s {shlex.quote(script)} | nft -f -")
+
     def inject(self) -> None:
-        """Drop ARP, then everything else but loopback."""
-        rules = "".join(
-            f"chain {way} {{ type filter hook {way} priority 0; policy accept; counter drop; }}\n"
-            for way in ("input", "output")
-        )
-        script = f"table arp {ARP_TABLE} {{}}\ndelete table arp {ARP_TABLE}\ntable arp {ARP_TABLE} {{\n{rules}}}\n"
-        everywhere(lambda host: inside(self.lab, host, f"printf %s {shlex.quote(script)} | nft -f -"), self.hosts)
-        super().inject()
+        """Drop everything but loopback."""
+        rules = f"""table inet {TABLE} {{
+  chain incoming {{ type filter hook input priority -300; policy accept; iif lo accept; counter drop; }}
+  chain outgoing {{ type filter hook output priority -300; policy accept; oif lo accept; counter drop; }}
+}}
+table arp {ARP_TABLE} {{
+  chain incoming {{ type filter hook input priority 0; policy accept; counter drop; }}
+  chain outgoing {{ type filter hook output priority 0; policy accept; counter drop; }}
+}}
+"""
+        everywhere(lambda host: self.change(host, rules), self.hosts)
 
     def proof(self) -> str:
         """As silence, and the rules for ARP stand."""
@@ -432,12 +444,8 @@ class Unplug(Silence):
         return super().proof()
 
     def lift(self) -> None:
-        """Remove the rules for ARP, then the others."""
-        for host in self.hosts:
-            if state(self.lab, host) == "running":
-                there = f"nft list tables | grep -qx 'table arp {ARP_TABLE}' || exit 0"
-                inside(self.lab, host, f"{there}; nft delete table arp {ARP_TABLE}")
-        super().lift()
+        """Remove the rules."""
+        everywhere(self.change, [host for host in self.hosts if state(self.lab, host) == "running"])
 
 
 class OneWay(Filtered):
