@@ -109,6 +109,16 @@ class Rollout:
         assert found, f"no recap in:\n{self.output[-3000:]}"
         return {host: int(number) for host, number in found.items()}
 
+    def tasks_that_changed(self) -> list[str]:
+        """Return task and host of each change."""
+        found, task = [], ""
+        for line in self.output.splitlines():
+            if named := re.match(r"TASK \[(.*)\] \*", line):
+                task = named[1]
+            elif host := re.match(r"changed: \[([^\]]+)\]", line):
+                found.append(f"{task}: {host[1]}")
+        return found
+
     def good(self) -> Rollout:
         """Fail unless the playbook succeeded."""
         assert self.code == 0, f"exit code {self.code}:\n{self.output[-5000:]}"

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from kit.disks import Disk
@@ -25,7 +26,7 @@ from kit.lab import DATABASE, NODES, Lab, containers
 from kit.run import Console, KitError, capture, wait_for
 
 TABLE = "lab_fault"  # the nftables table of these faults, beside the kit's own
-ARP_TABLE = "lab_fault_arp"
+NETWORK = Path("/sys/class/net")
 SSH_PORT = 22
 STEP_WAIT = 60.0
 T = TypeVar("T")
@@ -409,35 +410,55 @@ class Silence(Filtered):
 
 
 class Unplug(Silence):
-    """The node's cable is cut: as silence, and ARP is gone as well, by which a node says that an address is its own."""
+    """The node's port of the network is dead: as silence, and no ARP gets through, by which a node says what it owns.
+
+    Made on this machine's side, so it cuts what a program in the node sends past its packet filter, as keepalived does.
+    """
 
     name = "unplug"
-    summary = "no packet and no ARP enters or leaves the node (cut cable)"
+    summary = "the node's port of the network is dead: no packet and no ARP (cut cable)"
+    FORWARDING: ClassVar[int] = 3
+    DISABLED: ClassVar[int] = 0
+
+    def port(self, host: str) -> Path:
+        """Return the node's port of the bridge."""
+        index = inside(self.lab, host, "cat /sys/class/net/eth0/iflink").strip()
+        for file in sorted(NETWORK.glob("*/ifindex")):
+            if file.read_text(encoding="ascii").strip() == index:
+                return file.parent
+        raise KitError(f"{host}: its end of the network on this machine is not found.")
+
+    def passes(self, host: str) -> bool:
+        """Tell whether the port forwards."""
+        return int((self.port(host) / "brport" / "state").read_text(encoding="ascii")) == self.FORWARDING
+
+    def switch(self, host: str, number: int) -> None:
+        """Set the state of the node's port."""
+        words = ["dev", self.port(host).name, "type", "bridge_slave", "state", str(number)]
+        capture(["ip", "link", "set", *words], deadline=STEP_WAIT)
 
     def inject(self) -> None:
-        """Drop ARP, then everything else but loopback."""
-        rules = "".join(
-            f"chain {way} {{ type filter hook {way} priority 0; policy accept; counter drop; }}\n"
-            for way in ("input", "output")
-        )
-        script = f"table arp {ARP_TABLE} {{}}\ndelete table arp {ARP_TABLE}\ntable arp {ARP_TABLE} {{\n{rules}}}\n"
-        everywhere(lambda host: inside(self.lab, host, f"printf %s {shlex.quote(script)} | nft -f -"), self.hosts)
-        super().inject()
+        """Disable the ports."""
+        everywhere(lambda host: self.switch(host, self.DISABLED), self.hosts)
 
     def proof(self) -> str:
-        """As silence, and the rules for ARP stand."""
+        """As silence, and the ports do not forward."""
         for host in self.hosts:
-            if ARP_TABLE not in inside(self.lab, host, "nft list tables"):
-                raise KitError(f"{host} was to drop ARP and does not.")
+            if self.passes(host):
+                raise KitError(f"{host} was to be unplugged and is not.")
         return super().proof()
 
     def lift(self) -> None:
-        """Remove the rules for ARP, then the others."""
+        """Have the ports forward. A node that was started again has a new one."""
+        up = [host for host in self.hosts if state(self.lab, host) == "running"]
+        everywhere(lambda host: self.switch(host, self.FORWARDING), up)
+
+    def ended(self) -> str | None:
+        """The ports forward, and SSH answers."""
         for host in self.hosts:
-            if state(self.lab, host) == "running":
-                there = f"nft list tables | grep -qx 'table arp {ARP_TABLE}' || exit 0"
-                inside(self.lab, host, f"{there}; nft delete table arp {ARP_TABLE}")
-        super().lift()
+            if state(self.lab, host) == "running" and not self.passes(host):
+                return f"{host} is still unplugged"
+        return running(self.lab, self.hosts)
 
 
 class OneWay(Filtered):

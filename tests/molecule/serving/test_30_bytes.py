@@ -36,8 +36,7 @@ def large(rig):
 
 def cold(rig, row) -> None:
     """Take a file out of every cache."""
-    for node in NODES:
-        rig.root(node, f"tribrick-edge purge {row['name']}")
+    rig.everywhere(lambda node: rig.root(node, f"tribrick-edge purge {row['name']}"))
 
 
 def twice(rig, row, method: str = "GET", **headers: str):

@@ -54,28 +54,35 @@ def test_who_is_cut_from_whom(here: lab.Lab, name: str, hosts: list[str], cut: s
     assert len(broken) + len(whole) == (2 + len(cut) if name == "bridge" else 3)
 
 
-def test_a_cut_cable_carries_no_arp_either(here: lab.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables, lifted = ["table inet tribrick"], list[str]()
+def test_an_unplugged_node_is_one_whose_port_is_disabled(
+    here: lab.Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, index in (("veth1", 7), ("veth2", 71)):
+        (tmp_path / name / "brport").mkdir(parents=True)
+        (tmp_path / name / "ifindex").write_text(f"{index}\n")
+        (tmp_path / name / "brport/state").write_text("3\n")
 
-    def inside(_lab: lab.Lab, _host: str, script: str, *_more: object) -> str:
-        if "nft list tables | grep" in script:
-            lifted.extend(name for name in (faults.ARP_TABLE, faults.TABLE) if script.endswith(f" {name}"))
-        elif "| nft -f -" in script:
-            tables.append("table arp lab_fault_arp" if "table arp" in script else "table inet lab_fault")
-            assert script.count("counter drop") == 2
-        return "\n".join(tables)
+    def capture(command: list[str], **_more: Any) -> None:
+        assert command[:4] == ["ip", "link", "set", "dev"] and command[5:-1] == ["type", "bridge_slave", "state"]
+        (tmp_path / command[4] / "brport/state").write_text(f"{command[-1]}\n")
 
-    monkeypatch.setattr(faults, "inside", inside)
+    monkeypatch.setattr(faults, "NETWORK", tmp_path)
+    monkeypatch.setattr(faults, "capture", capture)
+    monkeypatch.setattr(faults, "inside", lambda *_words: "71\n")
     monkeypatch.setattr(faults, "state", lambda _lab, _host: "running")
+    monkeypatch.setattr(faults, "running", lambda _lab, _hosts: None)
     monkeypatch.setattr(faults, "reach", lambda _address: "silent")
     fault = faults.make(here, "unplug", ["node2"])
-    with pytest.raises(KitError, match="drop ARP"):
+    with pytest.raises(KitError, match="was to be unplugged"):
         fault.proof()
     fault.inject()
-    assert tables[1:] == ["table arp lab_fault_arp", "table inet lab_fault"]
-    assert "no answer" in fault.proof()
+    assert "no answer" in fault.proof() and fault.ended() == "node2 is still unplugged"
+    assert (tmp_path / "veth1/brport/state").read_text() == "3\n", "another node's"
     fault.lift()
-    assert lifted == [faults.ARP_TABLE, faults.TABLE]
+    assert fault.ended() is None
+    monkeypatch.setattr(faults, "inside", lambda *_words: "9\n")
+    with pytest.raises(KitError, match="not found"):
+        fault.inject()
 
 
 def test_a_lab_without_disks_says_how_to_get_them(here: lab.Lab) -> None:
