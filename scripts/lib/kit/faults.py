@@ -434,8 +434,9 @@ class Unplug(Silence):
 
     def switch(self, host: str, number: int) -> None:
         """Set the state of the node's port."""
-        words = ["dev", self.port(host).name, "type", "bridge_slave", "state", str(number)]
-        capture(["ip", "link", "set", *words], deadline=STEP_WAIT)
+        # `ip link` says that it has done so and has not.
+        words = ["dev", self.port(host).name, "state", str(number)]
+        capture(["bridge", "link", "set", *words], deadline=STEP_WAIT)
 
     def inject(self) -> None:
         """Disable the ports."""

@@ -198,6 +198,15 @@ def haproxy(admin: Path, **given: Any) -> str:
     return text
 
 
+def test_the_order_of_the_nodes_is_of_no_account() -> None:
+    """Ansible's filter `difference` gives another one each time, and a configuration that differs is reloaded."""
+    given = {"media_vip_node": "node2", "media_vip_address": "192.0.2.10/24", "__media_vip_device": "eth0"}
+    orders = (NODES, dict(reversed(NODES.items())))
+    for file in ("haproxy.cfg.j2", "keepalived.conf.j2"):
+        one, other = (render("media_vip", file, media_vip_nodes=nodes, **given) for nodes in orders)
+        assert one == other, file
+
+
 class Balanced:
     """Three sites, three balancers."""
 

@@ -63,7 +63,7 @@ def test_an_unplugged_node_is_one_whose_port_is_disabled(
         (tmp_path / name / "brport/state").write_text("3\n")
 
     def capture(command: list[str], **_more: Any) -> None:
-        assert command[:4] == ["ip", "link", "set", "dev"] and command[5:-1] == ["type", "bridge_slave", "state"]
+        assert command[:4] == ["bridge", "link", "set", "dev"] and command[5:-1] == ["state"]
         (tmp_path / command[4] / "brport/state").write_text(f"{command[-1]}\n")
 
     monkeypatch.setattr(faults, "NETWORK", tmp_path)
