@@ -115,7 +115,8 @@ class VolumeStorage(Catalogued, FileSystemStorage):
         """Hexadecimal digits in the name of one hash directory."""
         return int(self._hash_width if self._hash_width is not None else setting("HASH_WIDTH"))
 
-    def _expected_sentinel(self) -> Sentinel | None:
+    def expected_sentinel(self) -> Sentinel | None:
+        """Return the sentinel that must lie in the root; None where none is asked."""
         wanted = self._sentinel_id if self._sentinel_id is not None else setting("SENTINEL_ID")
         name = setting("SENTINEL_NAME")
         if wanted is False:
@@ -142,7 +143,7 @@ class VolumeStorage(Catalogued, FileSystemStorage):
             raise ImproperlyConfigured('TRIBRICK["DEADLINE"] and ["OUTSTANDING"] must be greater than zero.')
         return Mount(
             location=root,
-            sentinel=self._expected_sentinel(),
+            sentinel=self.expected_sentinel(),
             guard=guard_for(root, outstanding),
             deadline=deadline,
             file_mode=self.file_permissions_mode,

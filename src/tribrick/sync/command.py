@@ -16,7 +16,7 @@ from django.core.files.storage import FileSystemStorage, storages
 from django.db import DatabaseError
 
 from tribrick.conf import setting
-from tribrick.sentinel import Sentinel
+from tribrick.storage import VolumeStorage
 from tribrick.storage.catalogued import below
 from tribrick.sync.move import doors
 from tribrick.sync.plan import Plan
@@ -178,11 +178,9 @@ def _state(given: Mapping[str, Any], root: str, *, init: bool) -> State:
 
 
 def _proof(storage: FileSystemStorage) -> Callable[[int, str], None] | None:
-    """Return the check of the site's sentinel, if it has one."""
-    wanted = setting("SENTINEL_ID")
-    if not wanted or not hasattr(storage, "verify"):
-        return None
-    return Sentinel(str(setting("SENTINEL_NAME")), str(wanted)).check
+    """Return the check of the sentinel that the storage asks for, if it asks for one: a local directory has none."""
+    sentinel = storage.expected_sentinel() if isinstance(storage, VolumeStorage) else None
+    return sentinel.check if sentinel else None
 
 
 # The commands.

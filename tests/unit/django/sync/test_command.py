@@ -21,7 +21,8 @@ from django.core.management import CommandError, call_command
 from django.test import override_settings
 
 from tribrick import far_copies
-from tribrick.sync import move, plan
+from tribrick.storage import HybridStorage, VolumeStorage
+from tribrick.sync import command, move, plan
 from tribrick.sync.state import State
 
 # Each asks three sides over SSH several times, and takes about ten seconds; the short set has three of them.
@@ -66,6 +67,14 @@ def site(places: Any, entries: Any, node: str, peers: Any = None, **sync: Any) -
         STORAGES={**settings.STORAGES, "default": storage},
     ):
         yield
+
+
+def test_a_local_directory_of_a_site_with_a_volume_needs_no_sentinel(tmp_path: Path) -> None:
+    """As on a site without a volume: the setting is there all the same, and the storage asks for none."""
+    with override_settings(TRIBRICK={**settings.TRIBRICK, "SENTINEL_ID": "05fa2186-5327-41a8-9cf9-48f8123e3f6a"}):
+        hosts = ["https://node2.example/"]
+        assert command._proof(HybridStorage(hosts=hosts, location=tmp_path)) is None
+        assert command._proof(VolumeStorage(location=tmp_path)) is not None
 
 
 def everywhere(on: Any, *arguments: str, rounds: int = 2) -> None:
