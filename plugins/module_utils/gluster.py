@@ -44,9 +44,6 @@ SWITCHED_ELSEWHERE = frozenset(
     }
 )
 
-LAST_TIME = 2**36
-"""Seconds; a later time, after the year 4000, is none."""
-
 # A restarted glusterd is away for a moment; nobody is called down before this many seconds.
 SETTLE = 15
 
@@ -292,19 +289,6 @@ def parse_version(text: str) -> str:
     if not match:
         raise GlusterError(f"no GlusterFS version in the answer: {_shorten(text)}")
     return match.group(1)
-
-
-def spoilt_times(record: bytes) -> bool:
-    """Whether a record ``trusted.glusterfs.mdata`` holds a change time of zero, or a time of any kind that is none.
-
-    It is a byte, 8 bytes of flags, then seconds and nanoseconds of change, modification and access, 8 bytes each.
-    ``reset-brick`` and ``replace-brick`` leave what was in memory on the root of every brick (11.1). A brick that is
-    started with that lets nobody but root in. A change time far ahead does no harm, and nothing brings it back.
-    """
-    if len(record) < 17:
-        return False
-    numbers = [int.from_bytes(record[start : start + 8], "big") for start in range(9, len(record) - 7, 8)]
-    return numbers[0] == 0 or max([0, *numbers[2::2]]) > LAST_TIME or max([0, *numbers[3::2]]) >= 10**9
 
 
 def _shorten(text: str, limit: int = 200) -> str:

@@ -224,7 +224,6 @@ class Brick:
     answers: bool
     volume_id: bool
     read_only: bool = False
-    times: bytes = b""  # GlusterFS's record of times of the brick's root
 
 
 def judge_brick(config: Config, brick: Brick) -> list[Finding]:
@@ -247,9 +246,6 @@ def judge_brick(config: Config, brick: Brick) -> list[Finding]:
         text = f"the file system of the brick {path} has become read-only"
         mend = f"repair the disk, then {heal}; a new disk: playbooks/recover_brick.yml {confirm}"
         found.append(Finding("brick-read-only", node, text, "error", mend))
-    if gluster.spoilt_times(brick.times):
-        text = f"the times that GlusterFS keeps for {path} are none: once restarted, the brick lets nobody but root in"
-        found.append(Finding("brick-times", node, text, "error", heal))
     if not brick.process:
         found.append(Finding("brick-down", node, "the brick's process does not run", "error", heal))
     elif brick.process in "Tt":
@@ -645,19 +641,15 @@ def see_brick(config: Config) -> list[Finding]:
         "    only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)\n"
         "except OSError:\n"
         "    only = False\n"
-        "try:\n"
-        "    times = os.getxattr(path, 'trusted.glusterfs.mdata').hex()\n"
-        "except OSError:\n"
-        "    times = ''\n"
-        "print(json.dumps([mark, only, os.path.ismount(sys.argv[2]), times]))\n"
+        "print(json.dumps([mark, only, os.path.ismount(sys.argv[2])]))\n"
     )
     process, healer = find_brick(config.brick_path), bool(find_process("glusterfs", f"shd/{config.volume}"))
     try:
         code, out, err = probe("brick", [sys.executable, "-c", look, config.brick_path, config.brick_mount])
         if code != 0:
             raise ValueError(err.strip()[-200:])
-        mark, only, mounted, times = json.loads(out)
-        brick = Brick(process, healer, mounted, True, mark, only, bytes.fromhex(times))
+        mark, only, mounted = json.loads(out)
+        brick = Brick(process, healer, mounted, True, mark, only)
     except TimedOut:
         brick = Brick(process, healer, True, False, True)
     return judge_brick(config, brick)

@@ -12,8 +12,7 @@ description:
   - Reads the brick's own files, past GlusterFS, and changes nothing. Everything but C(.glusterfs) counts.
   - Without O(directories), returns one digest for each directory, over its entries' names, kinds, modes, owners,
     GlusterFS identities (gfid), sizes and SHA-256. With O(directories), returns the entries of these directories.
-  - Times are left out, they differ between replicas. But RV(timeless) names entries for which GlusterFS keeps a change
-    time of zero, as a heal of 11.1 leaves some directories (seen). Their brick then refuses everybody but root.
+  - Times are left out, they differ between replicas.
 options:
   path: {description: The brick's directory., type: path, required: true}
   directories:
@@ -33,11 +32,6 @@ RETURN = r"""
 digests: {description: Digest of each directory., returned: without O(directories), type: dict}
 directories: {description: "As given.", returned: with O(directories), type: list, elements: str}
 entries: {description: Entry of each name., returned: with O(directories), type: dict}
-timeless:
-  description: Names with a change time of zero, or with times that are none; C(.) is the brick's root.
-  returned: always
-  type: list
-  elements: str
 files: {description: Files that were hashed., returned: always, type: int}
 bytes: {description: Their bytes., returned: always, type: int}
 """
@@ -48,15 +42,6 @@ import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry
-from ansible_collections.tribrick.media.plugins.module_utils.gluster import spoilt_times
-
-
-def timeless(path: str) -> bool:
-    """Whether GlusterFS's record of times at *path* does harm; no record does none."""
-    try:
-        return spoilt_times(os.getxattr(path, "trusted.glusterfs.mdata", follow_symlinks=False))
-    except OSError:
-        return False
 
 
 def read(root: str, directory: str) -> dict[str, dict]:
@@ -88,14 +73,11 @@ def main() -> None:
         module.fail_json(msg=f"{root} is no brick: it holds no .glusterfs")
     digests: dict[str, str] = {}
     entries: dict[str, dict] = {}
-    without: list[str] = []
     files = size = 0
     waiting = list(wanted) if wanted is not None else ["."]
     while waiting:
         directory = waiting.pop()
         found = read(root, directory)
-        without += [name for name in found if timeless(os.path.join(root, name))]
-        without += [directory] if directory == "." and timeless(root) else []
         files += sum("size" in one for one in found.values())
         size += sum(one.get("size", 0) for one in found.values())
         if wanted is not None:
@@ -106,7 +88,7 @@ def main() -> None:
         ).hexdigest()
         waiting += [name for name, one in found.items() if str(one.get("mode", "")).startswith("0o4")]
     result = {"digests": digests} if wanted is None else {"directories": wanted, "entries": entries}
-    module.exit_json(changed=False, files=files, bytes=size, timeless=sorted(without), **result)
+    module.exit_json(changed=False, files=files, bytes=size, **result)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,6 @@ description:
 options:
   root: {description: The media mount., type: path, required: true}
   names: {description: Names relative to it., type: list, elements: str, default: []}
-  renew:
-    description:
-      - Names whose mode and times are set to what they are, so that GlusterFS keeps times for them again. See
-        C(brick_tree).
-    type: list
-    elements: str
-    default: []
   refresh:
     description:
       - "Dictionaries of name -> modification times (ns), as C(brick_quarantine) returns them. A mount keeps the bytes
@@ -63,18 +56,9 @@ PROGRAM = """
 import json, os, stat, sys, time
 found, refreshed = 0, []
 asked = json.load(sys.stdin)
-names, renew = asked["names"], asked["renew"]
-for name in names + renew:
+for name in asked["names"]:
     path = os.path.join(sys.argv[1], name)
     try:
-        if name in renew:
-            seen = os.stat(path)
-            os.chmod(path, stat.S_IMODE(seen.st_mode))
-            # Explicitly, so that every replica has them; what is no time becomes now.
-            if 0 <= min(seen.st_atime, seen.st_mtime) and max(seen.st_atime, seen.st_mtime) < 2**36:
-                os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
-            else:
-                os.utime(path)
         if os.path.isdir(path):
             found += 1
             continue
@@ -129,7 +113,6 @@ def main() -> None:
         argument_spec={
             "root": {"type": "path", "required": True},
             "names": {"type": "list", "elements": "str", "default": []},
-            "renew": {"type": "list", "elements": "str", "default": []},
             "refresh": {"type": "list", "elements": "dict", "default": []},
             "timeout": {"type": "int", "default": 300},
         },
@@ -139,7 +122,7 @@ def main() -> None:
     if not os.path.ismount(root):
         module.exit_json(changed=False, looked=0, refreshed=[], msg=f"{root} is not mounted here")
     if module.check_mode:
-        module.exit_json(changed=bool(module.params["renew"]), looked=0, refreshed=[])
+        module.exit_json(changed=False, looked=0, refreshed=[])
     child = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, root],
         stdin=subprocess.PIPE,
@@ -148,8 +131,7 @@ def main() -> None:
         text=True,
         errors="surrogateescape",
     )
-    asked = {"names": module.params["names"], "renew": module.params["renew"]}
-    asked |= {"refresh": together(module.params["refresh"]), "memory": MEMORY}
+    asked = {"names": module.params["names"], "refresh": together(module.params["refresh"]), "memory": MEMORY}
     try:
         out, err = child.communicate(json.dumps(asked), timeout=limit)
     except subprocess.TimeoutExpired:
@@ -160,7 +142,7 @@ def main() -> None:
     if err:
         module.warn(f"{root}: {' '.join(err.split())[:500]}")
     looked, refreshed = json.loads(out or "[0, []]")
-    module.exit_json(changed=bool(module.params["renew"] or refreshed), looked=looked, refreshed=refreshed)
+    module.exit_json(changed=bool(refreshed), looked=looked, refreshed=refreshed)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,6 @@ def test_a_volume_that_is_missing_stopped_or_without_quorum():
         ({"mounted": False}, "brick-not-mounted", "mount the disk"),
         ({"answers": False}, "brick-hung", "look at the disk"),
         ({"read_only": True}, "brick-read-only", "repair the disk"),
-        ({"times": bytes(57)}, "brick-times", "recover_heal"),
     ],
 )
 def test_what_can_be_wrong_with_a_brick(change, code, command):

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from ansible_collections.tribrick.media.plugins.module_utils import contradictions, gluster, recovery
@@ -462,72 +461,13 @@ def test_what_was_mended_gets_another_time_once(tmp_path):
     assert kept == {"mended": [7, 8], "gone": [1], "replaced": [21]}
 
     def ask():
-        asked = json.dumps({"names": ["whole", "gone"], "renew": [], "refresh": kept, "memory": 0})
+        asked = json.dumps({"names": ["whole", "gone"], "refresh": kept, "memory": 0})
         words = [sys.executable, "-c", media_lookup.PROGRAM, str(tmp_path)]
         return json.loads(subprocess.run(words, input=asked, capture_output=True, text=True, check=True).stdout)
 
     assert ask() == [1, ["mended"]]
     assert ask() == [1, []]
     assert {one.name: one.stat().st_mtime_ns for one in tmp_path.iterdir()} == {"mended": 9, "replaced": 20, "whole": 7}
-
-
-def test_times_are_renewed_as_they_are(tmp_path):
-    (tmp_path / "file").write_bytes(b"x")
-    (tmp_path / "directory").mkdir(mode=0o750)
-    for name in ("file", "directory", "."):
-        os.utime(tmp_path / name, ns=(10**18 + 5, 10**18 + 7))
-    before = {name: (tmp_path / name).stat() for name in ("file", "directory", ".")}
-    asked = json.dumps({"names": [], "renew": [*before, "gone"], "refresh": {}, "memory": 0})
-    done = subprocess.run(
-        [sys.executable, "-c", media_lookup.PROGRAM, str(tmp_path)], input=asked, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    assert json.loads(done.stdout) == [3, []] and not done.stderr
-    for name, one in before.items():
-        now = (tmp_path / name).stat()
-        assert (now.st_mode, now.st_mtime_ns) == (one.st_mode, one.st_mtime_ns) and now.st_ctime_ns > one.st_ctime_ns
-
-
-@pytest.mark.parametrize("bad", [(-(10**18), 0), (0, -(10**18))])
-def test_a_time_before_all_times_becomes_now(tmp_path, bad):
-    """What memory left in GlusterFS's record comes through the mount as a negative number, too."""
-    os.utime(tmp_path, ns=bad)
-    asked = json.dumps({"names": [], "renew": ["."], "refresh": {}, "memory": 0})
-    words = [sys.executable, "-c", media_lookup.PROGRAM, str(tmp_path)]
-    subprocess.run(words, input=asked, capture_output=True, text=True, check=True)
-    assert abs(tmp_path.stat().st_atime - time.time()) < 60 and abs(tmp_path.stat().st_mtime - time.time()) < 60
-
-
-def test_a_change_time_of_zero(tmp_path, monkeypatch):
-    records = {
-        "zero": "01" + 16 * "0" + 64 * "0",
-        "seen": "01" + 16 * "0" + 48 * "0" + "e227f7e574687500",
-        # Left on the roots of bricks by reset-brick, as seen on two labs.
-        "reset": "01" + 52 * "0" + "7f79c0003bd8" + 20 * "0" + "7f79a0018658" + 16 * "0",
-        "other": "01" + 16 * "0" + "00007f307c6e5250000000007002a2e8" + 32 * "0" + "001fe1c5d4376128" + 16 * "0",
-        "nanoseconds": "01" + 16 * "0" + 2 * "000000006b004af6" + 16 * "0" + "000000003b9aca00" + 32 * "0",
-        "ahead": "01" + 16 * "0" + "00007f7c805e0250" + 80 * "0",
-        "short": "01",
-    }
-    good = "01" + 16 * "0" + "000000006b004af6" + 80 * "0"
-
-    def getxattr(path, name, follow_symlinks=True):
-        assert name == "trusted.glusterfs.mdata"
-        if path == "none":
-            raise OSError
-        return bytes.fromhex(records.get(path, good))
-
-    monkeypatch.setattr(brick_tree.os, "getxattr", getxattr)
-    bad = ["zero", "seen", "reset", "other", "nanoseconds"]
-    assert [name for name in (*bad, "short", "none", "ahead", "good") if brick_tree.timeless(name)] == bad
-
-
-def test_the_root_of_a_brick_is_looked_at_too(run, tmp_path, monkeypatch):
-    (tmp_path / ".glusterfs").mkdir()
-    (tmp_path / "photos").mkdir()
-    monkeypatch.setattr(brick_tree, "timeless", lambda path: path == str(tmp_path))
-    assert run(brick_tree, Gluster({}), path=str(tmp_path)).result["timeless"] == ["."]
-    assert run(brick_tree, Gluster({}), path=str(tmp_path), directories=["photos"]).result["timeless"] == []
 
 
 # --- the module gluster_heal ---
