@@ -17,7 +17,7 @@ from kit.run import Console, KitError, wait_for
 
 # fault: how many nodes it hits at once.
 SCENARIOS: dict[str, dict[str, int]] = {
-    "node_loss": {"kill": 1, "power-cut": 1, "pause": 1, "silence": 1},
+    "node_loss": {"kill": 1, "power-cut": 1, "pause": 1, "silence": 1, "unplug": 1},
     "partition": {"partition": 1, "alone": 3, "one-way": 1, "bridge": 1, "flapping": 1},
     "brick_loss": {
         "brick-kill": 1, "brick-freeze": 1, "disk-full": 1, "disks-full": 2, "inodes-full": 1, "read-only": 1,

@@ -261,11 +261,9 @@ def unit(console: Console, run: Run) -> Outcome:
         apt_install(console, missing, "unit tests use a real database, real web servers and SSH")
     report = LOGS / "unit.xml"
     report.unlink(missing_ok=True)
-    # Many tests wait, and files share nothing: one process for each core, and a file's tests in the same one.
-    spread = ["-n", str(os.cpu_count() or 1), "--dist", "loadfile"]
     problem = execute(
-        console, run, "pytest", [sys.executable, "-m", "pytest", "tests/unit", f"--junitxml={report}", "-q", *spread],
-        silent, deadline=1200,
+        console, run, "pytest", [sys.executable, "-m", "pytest", "tests/unit", f"--junitxml={report}", "-q"], silent,
+        deadline=1200,
     )
     return with_exit_code(junit(report), problem)
 

@@ -155,6 +155,7 @@ def test_backends(database: None, media: Path, backend: str, storage: str, modes
         "SPOOL_PEERS": ["192.0.2.2:8443", "192.0.2.3:8443"],
         "SPOOL_COPIES": 3,
         "SPOOL_LIMIT": 1000000,
+        "SYNC": {},
         "CLOSED": "/etc/tribrick/uploads-held",
         "MEDIA_HOSTS": ["192.0.2.1:8080", "192.0.2.2:8080", "192.0.2.3:8080"],
         "WRITE_QUORUM": 2,
