@@ -840,7 +840,7 @@ class InodesFull(Fault):
                 number += 1
 
     def proof(self) -> str:
-        """The node can make no file there, while blocks are free. Deletes under way free places, which are used up again."""
+        """The node can make no file there, while blocks are free. What deletes free meanwhile is used up again."""
         mount = self.lab.site_variables()["tribrick_brick_mount"]
         script = f"touch {mount}/inode-probe 2>&1 && rm {mount}/inode-probe || :"
         for host in self.hosts:
