@@ -50,7 +50,7 @@ def well(rig) -> bool:
 def sent_once(rig, visitors) -> None:
     """No upload has two rows, and each that was acknowledged has one."""
     listed = ", ".join(f"'{one}'" for one in visitors.sent)
-    query = f"select sha256, count(*) from tribrick_mediafile where sha256 in ({listed}) group by sha256"  # noqa: S608
+    query = f"select sha256, count(*) from tribrick_mediafile where sha256 in ({listed}) group by sha256"  # noqa: S608 - hashes that were made here
     rows = dict(line.split("|") for line in sql(rig, query).split())
     assert not [one for one, count in rows.items() if count != "1"], f"uploads were stored twice: {rows}"
     missing = [name for one, name in visitors.sent.items() if name and one not in rows]

@@ -283,7 +283,7 @@ class Balanced:
                     return
             logs = "\n".join(file.read_text(errors="replace")[-2000:] for file in sorted(self.work.glob("*.log")))
             assert time.monotonic() < end, f"not within {deadline} s: {what}\n{logs}"
-            time.sleep(0.05)
+            time.sleep(0.05)  # ask again, until the deadline
 
     def close(self) -> None:
         for process in self.processes.values():

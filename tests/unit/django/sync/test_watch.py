@@ -20,7 +20,7 @@ def wait_for(what: Any) -> None:
     end = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
+        time.sleep(0.02)  # ask again, until PATIENCE is over
 
 
 class Follower:
@@ -64,7 +64,7 @@ def settled(follower: Follower) -> int:
     while before != follower.turns:
         assert time.monotonic() < end, "it runs again and again"
         before = follower.turns
-        time.sleep(1)
+        time.sleep(1)  # longer than a turn is put off: nothing tells that none is due
     return before
 
 
@@ -113,7 +113,7 @@ def test_many_changes_are_one_run(tree: Path, changes: Changes) -> None:
         before = settled(follower)
         for number in range(20):
             (tree / f"root/a/{number}").write_text("x")
-            time.sleep(0.02)
+            time.sleep(0.02)  # they are to come in the course of time, not at once
         wait_for(lambda: follower.turns > before)
         assert settled(follower) <= before + 2
     finally:
