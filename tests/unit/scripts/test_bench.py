@@ -161,10 +161,11 @@ def test_the_profile_is_on_for_a_while_and_leaves_nothing(a_volume: Volume) -> N
 
 
 def test_the_profile_is_off_after_an_interruption(a_volume: Volume) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), bench.polite_end(), a_volume.profile().on():
         os.kill(os.getpid(), signal.SIGTERM)
     assert not a_volume.is_on
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_next_run_switches_off_what_a_killed_one_left_on(a_volume: Volume) -> None:
