@@ -962,9 +962,7 @@ class DiskWiped(Fault):
                 self.lab,
                 host,
                 f"{SETTLED}; mkdir -p {path}; {run} reset-brick {volume} {brick} start"
-                f" && {run} reset-brick {volume} {brick} {brick} commit force && {run} heal {volume} full"
-                # What GlusterFS leaves on the bricks' roots is no time, and such a brick lets only root in.
-                f" && touch -c {variables['tribrick_media_root']}",
+                f" && {run} reset-brick {volume} {brick} {brick} commit force && {run} heal {volume} full",
                 deadline=120,
             )
 
