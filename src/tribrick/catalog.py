@@ -40,6 +40,8 @@ from tribrick.storage.volume import StoredFile
 log = logging.getLogger("tribrick.catalog")
 NAME_LENGTH: Final = 255
 TOMBSTONE_AGE: Final = timedelta(days=30)
+LOOKS: Final = tuple(timedelta(minutes=2**power) for power in range(16))
+"""How old a tombstone is when its name is looked for again: 1 minute, 2, 4 and so on up to 23 days."""
 
 
 class NameIsDead(ValueError):
@@ -397,6 +399,41 @@ def finish_deletes(*, again: bool = False) -> tuple[int, int]:
     for why in away.values():
         raise why
     return done, failed
+
+
+def remove_returned(since: datetime, until: datetime) -> int:
+    """Remove the bytes of deleted files that are there once more; return how many there were.
+
+    GlusterFS merges a directory whose bricks accuse each other, and then a name that one of them was not
+    told to forget is on all of them. Looked at are the tombstones that came to one of :data:`LOOKS` between
+    the two times: what comes back when a tombstone has some age is gone before it has twice that age. The
+    ledger is told, so that the edges purge the name again. A storage that is away is passed over; its
+    ``StorageError`` is raised in the end, and the same times are to be given again.
+    """
+    ages = Q()
+    for age in LOOKS:
+        ages |= Q(deleted__gt=since - age, deleted__lte=until - age)
+    count = 0
+    away: dict[str, StorageError] = {}
+    for file in MediaFile.objects.using(database()).filter(ages, state=State.PURGED).order_by("pk").iterator():
+        if file.storage in away:
+            continue
+        try:
+            if not storages[file.storage].exists(file.name):
+                continue
+            storages[file.storage].delete(file.name)
+        except StorageError as error:
+            away[file.storage] = error
+        except (OSError, ImproperlyConfigured) as error:
+            log.warning("%s, which is deleted, could not be looked for: %s", file.name, error)
+        else:
+            log.warning("%s was deleted and had come back; it is removed again", file.name)
+            with _atomic():
+                _change(file, Kind.PURGED)
+            count += 1
+    for why in away.values():
+        raise why
+    return count
 
 
 def confirm(node: str, number: int) -> None:

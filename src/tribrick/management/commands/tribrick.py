@@ -19,6 +19,7 @@ from typing import Any
 from django.contrib.auth import get_user_model
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, close_old_connections, connections
+from django.utils import timezone
 
 from tribrick import audit, catalog, ledger, restore
 from tribrick.conf import setting
@@ -33,6 +34,8 @@ Exit codes: 0 all in order, 1 something differs or could not be done, 2 it could
 (a copy or the database is away)."""
 _SHOWN = 20
 _EVERY = 10.0
+_UNSEEN = timedelta(hours=1)
+"""How long the replication may have been away without a deleted name going unseen that came back."""
 
 
 class Command(BaseCommand):
@@ -460,6 +463,7 @@ class Command(BaseCommand):
         stop = _stop_on_signals()
         thread = threading.Thread(target=worker.run, args=(stop,), name="tribrick-outbox", daemon=True)
         thread.start()
+        looked = timezone.now() - _UNSEEN
         while not stop.wait(5.0):
             if not thread.is_alive():
                 raise CommandError("the outbox worker ended", returncode=2)
@@ -469,6 +473,10 @@ class Command(BaseCommand):
                     self._say("{} removed once more, {} failed".format(*_delete_again(marker)))
                     again = False  # unless a storage or the database is away, which is an exception
                 catalog.finish_deletes()
+                now = timezone.now()
+                if now - looked >= catalog.LOOKS[0]:
+                    catalog.remove_returned(looked, now)
+                    looked = now
                 catalog.expire_tombstones()
             except (StorageError, DatabaseError) as error:
                 log.warning("deletes cannot be finished now: %s", " ".join(str(error).split()))

@@ -23,9 +23,11 @@ from django.core.files.base import ContentFile
 from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 from django.test import override_settings
+from django.utils.timezone import now as django_now
 
 from tribrick import audit, catalog, copies, ledger
 from tribrick.errors import StorageUnavailable
+from tribrick.management.commands import tribrick as commands
 from tribrick.models import Change, MediaFile, Outbox
 from tribrick.testing import TestHttpServer
 
@@ -745,6 +747,31 @@ def test_replicate_deletes_again_once_a_boot(tmp_path: Path) -> None:
     assert back(), "it was done since the boot"
     marker.unlink()
     assert not back()
+
+
+def test_replicate_removes_what_came_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heal may bring a deleted file back long after the unlink."""
+
+    class OnePass(threading.Event):
+        passes = 0
+
+        def wait(self, timeout: float | None = None) -> bool:
+            if threading.current_thread() is not threading.main_thread():
+                return super().wait(timeout)
+            self.passes += 1
+            if self.passes > 1:
+                self.set()
+            return self.is_set()
+
+    monkeypatch.setattr(commands, "_stop_on_signals", OnePass)
+    row, young = add(), add()
+    for one in row, young:
+        catalog.delete(one)
+        (root() / one.name).write_bytes(b"back")
+    MediaFile.objects.filter(pk=row.pk).update(deleted=django_now() - timedelta(minutes=50))
+    call_command("tribrick", "replicate")
+    assert not (root() / row.name).exists(), "32 minutes of age were within the last hour"
+    assert (root() / young.name).exists(), "its first minute is not over"
 
 
 @pytest.mark.parametrize("arguments", ["'ledger', 'follow', '--interval', '0.1'", "'replicate'"])

@@ -236,6 +236,47 @@ def test_tombstones_unlink_again(files_in: FilesIn) -> None:
     assert len(kinds()) == 3
 
 
+def test_what_comes_back_is_removed_by_twice_its_age(files_in: FilesIn, caplog: pytest.LogCaptureFixture) -> None:
+    row = add()
+    catalog.delete(row)
+    dead = MediaFile.objects.get(pk=row.pk).deleted
+    assert dead is not None
+    (root() / row.name).write_bytes(b"a brick that was not told")
+    looked = dead + timedelta(minutes=5)
+    for minute in (6, 7):
+        assert catalog.remove_returned(looked, dead + timedelta(minutes=minute)) == 0
+        looked = dead + timedelta(minutes=minute)
+    assert (root() / row.name).exists()
+    assert catalog.remove_returned(looked, dead + timedelta(minutes=8)) == 1
+    assert files_in(root()) == []
+    assert [kind for _, kind in kinds()] == ["added", "deleted", "purged", "purged"]
+    assert "had come back" in caplog.text
+    assert catalog.remove_returned(looked, dead + timedelta(minutes=8)) == 0, "there is nothing now"
+    assert [kind for _, kind in kinds()] == ["added", "deleted", "purged", "purged"]
+
+
+def test_a_look_that_was_not_possible_is_repeated() -> None:
+    row = add()
+    catalog.delete(row)
+    dead = MediaFile.objects.get(pk=row.pk).deleted
+    assert dead is not None
+    (root() / row.name).write_bytes(b"a brick that was not told")
+    sentinel = root() / ".tribrick-volume"
+    text = sentinel.read_text()
+    sentinel.unlink()
+    with pytest.raises(StorageUnavailable):
+        catalog.remove_returned(dead, dead + timedelta(minutes=1))
+    sentinel.write_text(text)
+    assert catalog.remove_returned(dead, dead + timedelta(minutes=1)) == 1
+
+
+def test_what_lives_is_never_looked_for() -> None:
+    row = add()
+    now = timezone.now()
+    assert catalog.remove_returned(now - timedelta(days=60), now + timedelta(days=60)) == 0
+    assert (root() / row.name).exists()
+
+
 def test_a_dead_name_stays_dead() -> None:
     row = add()
     catalog.delete(row)
