@@ -50,6 +50,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from tribrick.ledger import Ledger, LedgerError
+from tribrick.sentinel import HISTORY
 from tribrick.signature import EMPTY, SignatureError, verify
 
 log = logging.getLogger("tribrick.receiver")
@@ -588,10 +589,29 @@ class Receiver:
         with contextlib.ExitStack() as stack:
             try:
                 directory = self._directories(stack, name, create=False)[-1]
+                if self._is_changed(directory, name):
+                    log.warning("%s is deleted, but was changed here directly: it is left to the reconciliation", name)
+                    return
                 os.unlink(name.rpartition("/")[2], dir_fd=directory)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return
             os.fsync(directory)
+
+    def _is_changed(self, directory: int, name: str) -> bool:
+        """Whether the file has other bytes than the deleted one, on a site that reconciles direct changes.
+
+        Such bytes are somebody's only copy: ``tribrick sync`` gives them a name of their own, and removes
+        the name. An unlink here would look to it like that person's own.
+        """
+        if self.ledger is None or not (self.root / HISTORY).is_dir():
+            return False
+        with contextlib.ExitStack() as stack:
+            descriptor = self._open(directory, name)
+            stack.callback(os.close, descriptor)
+            known = None
+            with contextlib.suppress(LedgerError):
+                known = self._known(name)
+            return known is None or known[1] != _sha256(descriptor)
 
     # Directories.
 

@@ -13,6 +13,8 @@ from typing import Final
 
 from tribrick.errors import StorageUnavailable
 
+HISTORY: Final = ".tribrick-history"
+"""Also a mark of a root: the directory that :mod:`tribrick.sync` keeps there. Files may be changed past the catalog."""
 _LARGEST: Final = 4096
 _Key = tuple[int, int, int, int]
 

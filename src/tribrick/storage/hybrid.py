@@ -6,14 +6,15 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import IO, Any, cast
 
 from django.core.files import File
 from django.utils.deconstruct import deconstructible
 
-from tribrick.storage.base_remote import RemoteStorage
+from tribrick.sentinel import HISTORY
+from tribrick.storage.base_remote import RemoteStorage, log
 from tribrick.storage.transport import CHUNK, Body, opener_of
 from tribrick.storage.volume import StoredFile, VolumeStorage
 
@@ -102,8 +103,26 @@ class HybridStorage(RemoteStorage, VolumeStorage):
         return done
 
     def _delete_bytes(self, name: str, *, catalogued: bool) -> None:
-        self._unlink(name)
+        if not (catalogued and self._is_changed(name)):
+            self._unlink(name)
         super()._delete_bytes(name, catalogued=catalogued)
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether a catalogued file has other bytes, on a site that reconciles direct changes.
+
+        They are somebody's only copy, and ``tribrick sync`` looks after them: see the receiver's DELETE.
+        """
+        row = self._row(name) if os.path.isdir(self.path(HISTORY)) else None
+        if row is None:
+            return False
+        try:
+            with self._local(name) as descriptor:
+                changed = _sha256(opener_of(descriptor, os.fstat(descriptor).st_size)) != row.sha256
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if changed:
+            log.warning("%s is deleted, but was changed here directly: it is left to the reconciliation", name)
+        return changed
 
     # Reading.
 
@@ -153,12 +172,9 @@ class HybridStorage(RemoteStorage, VolumeStorage):
             except (FileNotFoundError, NotADirectoryError):
                 body = stack.enter_context(super().source(name, besides=besides))
             else:
-                hasher, size = hashlib.sha256(), os.fstat(descriptor).st_size
+                size = os.fstat(descriptor).st_size
                 opener = opener_of(descriptor, size)
-                with opener() as file:
-                    while chunk := file.read(CHUNK):
-                        hasher.update(chunk)
-                body = Body(size, hasher.hexdigest(), opener)
+                body = Body(size, _sha256(opener), opener)
             yield body
 
     @contextlib.contextmanager
@@ -168,6 +184,14 @@ class HybridStorage(RemoteStorage, VolumeStorage):
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _sha256(opener: Callable[[], Any]) -> str:
+    hasher = hashlib.sha256()
+    with opener() as file:
+        while chunk := file.read(CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def _size_of(content: File[Any]) -> int | None:

@@ -31,7 +31,8 @@ import threading
 from pathlib import Path
 from typing import IO, Final
 
-from tribrick.sync.side import HISTORY, Side
+from tribrick.sentinel import HISTORY
+from tribrick.sync.side import Side
 from tribrick.sync.state import State, SyncError
 from tribrick.sync.watch import wake_file
 

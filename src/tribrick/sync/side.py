@@ -27,12 +27,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tribrick.sentinel import HISTORY
 from tribrick.sync import versions
 from tribrick.sync.plan import Step, too_many
 from tribrick.sync.state import NOTHING, Stamp, State, SyncError, new_actor
 from tribrick.sync.versions import Version, VersionVector
 
-HISTORY: Final = ".tribrick-history"
 BATCH: Final = 200
 CHUNK: Final = 1024 * 1024
 _SIDE: Final = "side.json"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from tribrick.sync.side import HISTORY
+from tribrick.sentinel import HISTORY
 
 QUIET: Final = 1.0
 """Seconds without a change after which a run begins; it does not wait longer than ten times that."""

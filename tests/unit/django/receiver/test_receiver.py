@@ -32,6 +32,7 @@ import pytest
 from tribrick import receiver as module
 from tribrick.ledger import _SCHEMA
 from tribrick.receiver import INCOMING, Receiver, ReceiverError, application
+from tribrick.sentinel import HISTORY
 from tribrick.signature import sign
 from tribrick.testing import wait_for
 
@@ -401,6 +402,30 @@ def test_what_the_ledger_knows_deleted_stays_deleted(direct: Any, tmp_path: Path
     assert ask("PUT", "alive", ONE)[0] == 201
     assert ask("PUT", "unknown", ONE)[0] == 201
     assert ask("GET", "-/ready")[0] == 200
+
+
+def test_what_was_changed_directly_is_left_to_reconciliation(direct: Any, tmp_path: Path) -> None:
+    ledger, root = tmp_path / "ledger.sqlite", tmp_path / "root"
+    ask = direct(ledger=ledger)
+    for name in ("changed", "same", "unknown"):
+        assert ask("PUT", name, ONE)[0] == 201
+    make_ledger(ledger, changed=("stored", sha256(ONE)), same=("stored", sha256(ONE)))
+    (root / "changed").write_bytes(b"by SFTP")
+    (root / HISTORY).mkdir()
+    for name in ("changed", "same", "unknown", "never"):
+        assert ask("DELETE", name)[0] == 204
+        assert ask("GET", name)[0] == ask("PUT", name, ONE)[0] == 410, "deleted all the same"
+    assert (root / "changed").read_bytes() == b"by SFTP"
+    assert not (root / "same").exists()
+    assert (root / "unknown").read_bytes() == ONE, "nobody can say whether it is what was deleted"
+    direct(ledger=ledger)
+    assert (root / "changed").exists(), "also after a restart"
+    ledger.write_bytes(b"no ledger at all" * 1000)
+    (root / "late").write_bytes(b"by SFTP")
+    assert ask("DELETE", "late")[0] == 204 and (root / "late").exists()
+    (root / HISTORY).rmdir()
+    assert ask("DELETE", "changed")[0] == 204
+    assert not (root / "changed").exists(), "nobody reconciles here"
 
 
 def test_a_ledger_that_cannot_be_read_is_no_permission(direct: Any, tmp_path: Path) -> None:

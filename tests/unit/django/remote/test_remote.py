@@ -25,6 +25,7 @@ from django.test import override_settings
 from tribrick import catalog
 from tribrick.models import MediaFile, Outbox
 from tribrick.outbox import Worker
+from tribrick.sentinel import HISTORY
 from tribrick.storage import (
     AsyncStorage,
     DefaultTransport,
@@ -133,6 +134,23 @@ def test_a_deleted_file_is_gone_even_where_its_bytes_are_left(kind: str, site: A
     for ask in (storage.open, storage.size):
         with pytest.raises(FileNotFoundError):
             ask(name)
+
+
+def test_what_was_changed_directly_is_left_to_reconciliation(site: Any, servers: Hosts) -> None:
+    hosts = servers(1)
+    storage = site("hybrid", hosts)
+    changed, same = (storage.save(name, ContentFile(b"x")) for name in ("a.txt", "b.txt"))
+    place = Path(storage.path(changed))
+    place.write_bytes(b"by SFTP")
+    Path(storage.path(HISTORY)).mkdir()
+    for name in (changed, same):
+        storage.delete(name)
+        assert storage.exists(name) is False and name not in hosts[0].files
+    assert place.read_bytes() == b"by SFTP"
+    assert not Path(storage.path(same)).exists()
+    Path(storage.path(HISTORY)).rmdir()
+    storage.delete(changed)
+    assert not place.exists(), "nobody reconciles here"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from tribrick.sentinel import HISTORY
 from tribrick.sync import side as side_module
 from tribrick.sync import versions
 from tribrick.sync.plan import Step
-from tribrick.sync.side import HISTORY, Side
+from tribrick.sync.side import Side
 from tribrick.sync.state import Busy, State, StateDamaged, SyncError
 
 
