@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -121,8 +121,13 @@ def older(rig: Rig) -> dict[str, Any]:
     """Upload a file and wait until every node's ledger has it, so that each can serve it without the volume."""
     row = rig.upload(chance("older").choice(NODES))
 
+    ask = (
+        "import sqlite3, sys; ledger = sqlite3.connect('file:/var/lib/tribrick/ledger.sqlite?mode=ro', uri=True);"
+        "print(ledger.execute('SELECT count(*) FROM files WHERE name = ?', sys.argv[1:]).fetchone()[0])"
+    )
+
     def followed(node: str) -> bool:
-        return bool(json.loads(rig.root(node, "tribrick ledger verify --json"))["behind"] == 0)
+        return rig.root(node, shlex.join(["python3", "-c", ask, row["name"]])).strip() == "1"
 
     for node in NODES:
         wait_until(f"the ledger of {node} to follow", lambda node=node: followed(node), 30)
