@@ -596,9 +596,10 @@ def test_the_brick_is_found_by_its_process(tmp_path: Path) -> None:
 def test_what_is_shut_off_never_reaches_beyond_the_bricks() -> None:
     text = watch.table(49152, 49251)
     rejects = [line.strip() for line in text.splitlines() if "reject" in line]
-    assert len(rejects) == 10
+    assert len(rejects) == 12
     for line in rejects:
-        assert "@brick_ip" in line or "49152-49251" in line, line
+        new_to_glusterd = "daddr @node_ip" in line and "tcp dport 24007 tcp flags & (syn | ack) == syn" in line
+        assert "@brick_ip" in line or "49152-49251" in line or new_to_glusterd, line
         assert line.endswith("reject with tcp reset")
     assert text.count("tcp flags & rst == rst accept") == 2
     assert text.count("delete table") == 1 and "flush" not in text

@@ -563,6 +563,7 @@ class Probe(threading.Thread):
 
 TABLE = "inet tribrick_peer_watch"
 NFT, SS = "/usr/sbin/nft", "/usr/bin/ss"
+GLUSTERD, _NEW = 24007, "tcp flags & (syn | ack) == syn"
 
 
 def table(first: int, last: int) -> str:
@@ -570,6 +571,10 @@ def table(first: int, last: int) -> str:
 
     Resets themselves pass, so that the other side hears of the end, too. What leaves is answered to our own sockets,
     what comes from a silent node to its.
+
+    To a silent node's glusterd no new connection is made: a client asks it where the brick is, the kernel of a node
+    that hangs takes the connection, and a TLS handshake that nobody answers keeps GlusterFS's network threads in a loop
+    at full load. Connections that there are stay.
     """
     ports = f"{first}-{last}"
     rules = {
@@ -577,6 +582,8 @@ def table(first: int, last: int) -> str:
             "ip daddr . tcp dport @brick_ipv4 counter reject with tcp reset",
             "ip6 daddr . tcp dport @brick_ipv6 counter reject with tcp reset",
             *_node_rules("daddr", ports),
+            f"ip daddr @node_ipv4 tcp dport {GLUSTERD} {_NEW} counter reject with tcp reset",
+            f"ip6 daddr @node_ipv6 tcp dport {GLUSTERD} {_NEW} counter reject with tcp reset",
         ],
         "input": _node_rules("saddr", ports),
     }

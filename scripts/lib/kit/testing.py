@@ -32,6 +32,8 @@ WHEN_NAMED = ("faults", "outage", "serving")
 LAB = "fresh"  # a lab of its own: somebody's lab `lab` is left alone
 UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0
+# The unit tests run as two processes beside each other; these take about as long as all others.
+UNIT_HALF = ("tests/unit/django/catalog", "tests/unit/django/spool", "tests/unit/django/remote")
 REASON_LINES = 12  # of an error, in the closing list
 # Skips that are facts of the machine and say so; any other skipped test counts as failed.
 ALLOWED_SKIPS: tuple[str, ...] = (r"^no IPv6 in this lab", r"^Django \d+\.\d+ is not installed")
@@ -259,13 +261,19 @@ def unit(console: Console, run: Run) -> Outcome:
     missing = missing_packages()
     if missing:
         apt_install(console, missing, "unit tests use a real database, real web servers and SSH")
-    report = LOGS / "unit.xml"
-    report.unlink(missing_ok=True)
-    problem = execute(
-        console, run, "pytest", [sys.executable, "-m", "pytest", "tests/unit", f"--junitxml={report}", "-q"], silent,
-        deadline=1200,
-    )
-    return with_exit_code(junit(report), problem)
+
+    def half(name: str, places: Sequence[str]) -> Outcome:
+        report = LOGS / f"unit-{name}.xml"
+        report.unlink(missing_ok=True)
+        program = [sys.executable, "-m", "pytest", *places, f"--junitxml={report}", "-q"]
+        problem = execute(console, run, f"pytest, {name} half", program, silent, deadline=1200)
+        return with_exit_code(junit(report), problem)
+
+    outcome, rest = Outcome(), ["tests/unit", *(f"--ignore={place}" for place in UNIT_HALF)]
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(half, ("first", "second"), (UNIT_HALF, rest)):
+            outcome.add(done)
+    return outcome
 
 
 def with_exit_code(outcome: Outcome, problem: str | None) -> Outcome:
