@@ -113,9 +113,13 @@ def test_a_failing_program_without_a_failing_test_is_a_failure():
 
 def test_command_line(capsys):
     parts, run, _ = testing.parse([])
-    assert list(parts)[-6:] == ["lab", "default", "debian12", "backends", "bare", "storages"]
+    assert list(parts)[-7:] == ["lab", "default", "debian12", "backends", "bare", "faults", "storages"]
+    assert {"node_loss", "corruption", "database_loss"} <= {*run.only} and "replacement" not in run.only
+    assert {*testing.FILES_WHEN_NAMED} <= {*testing.files()}
     for name in testing.WHEN_NAMED:
         assert list(testing.parse([name])[0]) == [name], "it is there when it is named"
+    assert testing.parse(["faults"])[1].only == testing.parse(["long"])[1].only == (), "all of them"
+    assert testing.parse(["replacement"])[1].only == ("replacement",)
     assert run.set == "short"
     parts, run, _ = testing.parse(["long", "bare"])
     assert (list(parts), run.set) == (["bare"], "long")

@@ -28,7 +28,9 @@ LOGS = ROOT / ".lab" / "test"
 BIN = Path(sys.executable).parent
 CHOSEN = ("faults", "outage")  # the scenarios whose test files can be chosen one by one
 # Scenarios that have not yet been green from one end to the other; they run only when they are named.
-WHEN_NAMED = ("faults", "outage", "serving")
+WHEN_NAMED = ("outage", "serving")
+# And files of the others that take too long for every run.
+FILES_WHEN_NAMED = ("replacement", "maintenance")
 LAB = "fresh"  # a lab of its own: somebody's lab `lab` is left alone
 UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0
@@ -530,7 +532,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Part], Run, bool]:
     if unknown:
         names = ", ".join(dict.fromkeys([*parts, *there]))
         parser.error(f"no part is named {', '.join(unknown)}; there are: quick, {names}")
-    words = words or [name for name in parts if name not in WHEN_NAMED]
+    if not words:
+        words = [name for name in parts if name not in WHEN_NAMED]
+        if kind == "short":
+            run = replace(run, only=tuple(file for file in there if file not in FILES_WHEN_NAMED))
     return {name: parts[name] for name in words}, run, False
 
 
