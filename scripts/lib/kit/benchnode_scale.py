@@ -1,0 +1,191 @@
+"""Runs on a node in the site's environment, for ``./scripts/bench scale``: many files in the site's own catalog.
+
+It does what standard input asks for: writes files and their rows, waits for the node's ledger, audits a sample, and
+removes all again. The files are not synced: they are only there to be many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+DIRECTORY = "bench-scale"  # on the mount
+SIZE = 4096
+BATCH = 250
+THREADS = 4
+
+
+def say(answer: dict[str, Any]) -> None:
+    """Answer with one line."""
+    print(json.dumps(answer), flush=True)
+
+
+def name_of(number: int) -> str:
+    """Return the stored name of a file."""
+    return f"{DIRECTORY}/{number % 16:x}/{number // 16 % 16:x}/{number}.bin"
+
+
+def in_threads(work: Callable[[list[Any]], None], items: list[Any]) -> None:
+    """Let several threads do parts of it, each with a connection to the database of its own."""
+    from django.db import connection
+
+    def some(part: list[Any]) -> None:
+        try:
+            work(part)
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(some, [items[start::THREADS] for start in range(THREADS)]))
+
+
+def add(start: int, count: int, owner: str) -> None:
+    """Write files, then their rows: the catalog's, and those that the gallery's pages show."""
+    from django.conf import settings
+    from django.contrib.auth import get_user_model
+
+    user = get_user_model().objects.get(username=owner)
+    root = Path(settings.MEDIA_ROOT)
+
+    def write(numbers: list[int]) -> None:
+        stored = list[Any]()
+        for number in numbers:
+            data = number.to_bytes(8, "big") + os.urandom(SIZE - 8)
+            path = root / name_of(number)
+            try:
+                handle = path.open("xb")
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = path.open("xb")
+            with handle:
+                handle.write(data)
+            stored.append((name_of(number), hashlib.sha256(data).hexdigest()))
+        for first in range(0, len(stored), BATCH):
+            rows(stored[first : first + BATCH], user)
+
+    in_threads(write, list(range(start, start + count)))
+
+
+def rows(stored: list[tuple[str, str]], user: Any) -> None:
+    """Write the rows of stored files in one transaction."""
+    from django.db import transaction
+    from example.gallery.models import Picture, Version  # type: ignore[import-not-found]  # a node has it
+
+    from tribrick import catalog
+    from tribrick.storage import StoredFile
+
+    with transaction.atomic():
+        files = [
+            catalog.record(StoredFile(name, digest, SIZE), original=name.rpartition("/")[2], owner=user)
+            for name, digest in stored
+        ]
+        pictures = Picture.objects.bulk_create([Picture(owner=user) for _ in files])
+        pairs = zip(files, pictures, strict=True)
+        versions = Version.objects.bulk_create([Version(file=file, picture=picture) for file, picture in pairs])
+        for picture, version in zip(pictures, versions, strict=True):
+            picture.current = version
+        Picture.objects.bulk_update(pictures, ["current"])
+
+
+def there() -> Any:
+    """Return what we have stored and not deleted yet."""
+    from tribrick.models import MediaFile, State
+
+    return MediaFile.objects.filter(name__startswith=f"{DIRECTORY}/", state=State.STORED)
+
+
+def remove(count: int) -> int:
+    """Delete some of the files as the site does, and forget their pictures; return how many are left."""
+    from django.db import transaction
+    from example.gallery.models import Picture
+
+    from tribrick import catalog
+
+    def some(files: list[Any]) -> None:
+        for first in range(0, len(files), BATCH):
+            with transaction.atomic():  # the bytes go once it is committed
+                for file in files[first : first + BATCH]:
+                    catalog.delete(file)
+
+    in_threads(some, list(there().order_by("name")[:count]))
+    left = there().count()
+    if left == 0:
+        Picture.objects.filter(current=None, versions__file__name__startswith=f"{DIRECTORY}/").delete()
+    return int(left)
+
+
+def await_ledger(deadline: float) -> int:
+    """Wait until the node's ledger has every change of now; return the number of the last one."""
+    from django.db.models import Max
+
+    from tribrick.conf import setting
+    from tribrick.ledger import Ledger
+    from tribrick.models import Change
+
+    wanted = int(Change.objects.aggregate(last=Max("number"))["last"] or 0)
+    end = time.monotonic() + deadline
+    while True:
+        with Ledger(str(setting("LEDGER"))) as ledger:
+            number = ledger.last()[0]
+        if number >= wanted:
+            return wanted
+        if time.monotonic() > end:
+            raise RuntimeError(f"the ledger is at {number} after {deadline:.0f} s, the database at {wanted}")
+        time.sleep(0.2)
+
+
+def audit(sample: int) -> float:
+    """Audit a sample by catalog and bricks; return the seconds. A difference is an error."""
+    from django.core.management import call_command
+
+    said = io.StringIO()
+    started = time.perf_counter()
+    call_command("tribrick", "audit", "--sample", str(sample), "--json", stdout=said)
+    return time.perf_counter() - started
+
+
+def newest_half() -> int:
+    """Return the picture in the middle of the gallery."""
+    from example.gallery.models import Picture
+
+    shown = Picture.objects.filter(private=False, current__isnull=False).order_by("-id")
+    return int(shown.values_list("id", flat=True)[shown.count() // 2])
+
+
+def main() -> None:
+    """Carry out what standard input asks for; an error is the answer."""
+    import django
+
+    django.setup()
+    try:
+        say({"left": there().count()})
+        for line in sys.stdin:
+            asked = json.loads(line)
+            if asked["do"] == "add":
+                add(asked["start"], asked["count"], asked["owner"])
+                say({})
+            elif asked["do"] == "remove":
+                say({"left": remove(asked["count"])})
+            elif asked["do"] == "ledger":
+                say({"number": await_ledger(asked["deadline"])})
+            elif asked["do"] == "audit":
+                say({"seconds": audit(asked["sample"])})
+            elif asked["do"] == "middle":
+                say({"picture": newest_half()})
+    except Exception as error:
+        with contextlib.suppress(BrokenPipeError):
+            say({"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+if __name__ == "__main__":
+    main()
