@@ -5,6 +5,8 @@ of 20 KB by the API, one after the other; pages (the gallery's first, one from i
 of 50 random files by hash, on the mount and on all bricks; a mirror of node1 into a new place, without a snapshot, and
 again when nothing has changed. A size comes after the other, so what else the machine does shows in the ratios: leave
 it alone. All is deleted in the end; the site keeps the tombstones, so take a lab that can be thrown away.
+Takes about 300 s, most of it to make and delete the files; 100,000 files take about ten times that. Quick, to see that
+it works: --files 200 --files 400 --blocks 2, about 60 s.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from kit.bench import Figures, Say
-from kit.bench_upload import Target, form
+from kit.bench_upload import Target, api, form
 from kit.bench_upload import remove as remove_uploads
 from kit.benchlib import Remote, Series, median_ratio, picture_of_ratios, positive, ratio_of, told
 from kit.faults import inside
-from kit.lab import ACCOUNT, Lab
+from kit.lab import ACCOUNT, NODES, Lab
 from kit.run import KitError
 
 NODE: Final = "node1"
@@ -95,7 +97,7 @@ def post(target: Target, times: int) -> list[float]:
             if answer.status != 201:
                 raise KitError(f"{target.url}: {answer.status} {said[:200]!r}")
             target.stored.append(json.loads(said)["name"])
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError, LookupError) as error:
         raise KitError(f"{target.url}: {error!r}") from None
     finally:
         connection.close()
@@ -118,10 +120,13 @@ with open("{MIRROR}/mirror.json", "x", opener=lambda path, flags: os.open(path, 
 """
 
     timed = f"""
-import json, subprocess, time
+import json, subprocess, sys, time
 command = ["tribrick-mirror", "--config", "{MIRROR}/mirror.json", "run", "--no-snapshot", "--json"]
 started = time.perf_counter()
-done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+if done.returncode:
+    said = done.stderr.decode(errors="replace").strip() or done.stdout.decode(errors="replace").strip()[-500:]
+    sys.exit(f"tribrick-mirror ended with {{done.returncode}}: {{said}}")
 print(json.dumps([time.perf_counter() - started, json.loads(done.stdout)["copied"]]))
 """
 
@@ -129,11 +134,13 @@ print(json.dumps([time.perf_counter() - started, json.loads(done.stdout)["copied
         seconds, copied = json.loads(inside(lab, NODE, f"python3 - <<'END'\n{timed}\nEND", deadline=3600))
         return float(seconds), int(copied)
 
-    inside(lab, NODE, f"rm -rf {MIRROR}; python3 - <<'END'\n{new_place}\nEND", deadline=600)
+    # A mirror of an interrupted run may still write; it ends once its place is gone.
+    clean = f"n=0; until rm -rf {MIRROR}; do n=$((n + 1)); test $n -lt 60 || exit 1; sleep 0.5; done"
     try:
+        inside(lab, NODE, f"{clean}; python3 - <<'END'\n{new_place}\nEND", deadline=600)
         yield go
     finally:
-        inside(lab, NODE, f"rm -rf {MIRROR}", deadline=600)
+        inside(lab, NODE, clean, deadline=600)
 
 
 # Measuring
@@ -154,7 +161,9 @@ def measure(lab: Lab, remote: Remote, ours: Target, files: int, blocks: int) -> 
     for kind, url in pages.items():
         get(url, ours.headers, 4)  # warm-up
         times[kind] = [get(url, ours.headers, EACH) for _ in range(blocks)]
-    remote.ask({"do": "audit", "sample": SAMPLE}, 300)
+    # The mount, and each brick by its own program: with fewer something is not measured.
+    if (copies := remote.ask({"do": "audit", "sample": SAMPLE}, 300)["copies"]) != 1 + len(NODES):
+        raise KitError(f"An audit was to compare {1 + len(NODES)} copies, the mount and each brick, and has {copies}.")
     times["audit"] = [[remote.ask({"do": "audit", "sample": SAMPLE}, 300)["seconds"] * 1000] for _ in range(blocks)]
     post(ours, 4)
     times["upload"] = [post(ours, EACH) for _ in range(blocks)]
@@ -185,9 +194,11 @@ def grow(remote: Remote, have: int, wanted: int, say: Say) -> None:
 
 def empty(remote: Remote, say: Say) -> None:
     """Delete all files that were put in."""
-    left = -1
-    while left:
-        left = int(remote.ask({"do": "remove", "count": STEP}, 900)["left"])
+    left, before = -1, -1
+    while left != 0:
+        left, before = int(remote.ask({"do": "remove", "count": STEP}, 900)["left"]), left
+        if left >= before > 0:
+            raise KitError(f"{left} files do not let themselves be deleted.")
         if left % (10 * STEP) == 0:
             say(f"deleting; {left} files are left")
 
@@ -197,23 +208,26 @@ def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
     sizes = sorted(set(options.files or FILES))
     log = lab.state / "bench.log"
     log.write_bytes(b"")
-    ours = Target(f"{lab.url(NODE)}/api/media/", str(lab.recall()["token"]))
+    ours = api(lab)
     found: dict[int, Times] = {}
-    with Remote(lab.ssh(NODE), PROGRAM, [], log) as remote:
-        if remote.answer(120)["left"]:
-            say("an earlier run was killed: its files are deleted")
-            empty(remote, say)
-        have = 0
-        try:
+    try:
+        with Remote(lab.ssh(NODE), PROGRAM, [], log) as remote:
+            if remote.answer(120)["left"]:
+                say("an earlier run was killed: its files are deleted")
+                empty(remote, say)
+            have = 0
             for files in sizes:
                 grow(remote, have, files, say)
                 have = files
                 found[files] = measure(lab, remote, ours, files, options.blocks)
                 said = ", ".join(f"{KINDS[kind]} {_middle(blocks):.1f}" for kind, blocks in found[files].items())
                 say(f"{files} files, median ms: {said}")
-        finally:
-            remove_uploads(ours)
+    finally:
+        # By a new program: the first one may have ended with an error, or with Ctrl-C.
+        with Remote(lab.ssh(NODE), PROGRAM, [], log) as remote:
+            remote.answer(120)
             empty(remote, say)
+        remove_uploads(ours)
     return evaluate(found)
 
 

@@ -1,7 +1,7 @@
 """Runs on a node in the site's environment, for ``./scripts/bench scale``: many files in the site's own catalog.
 
 It does what standard input asks for: writes files and their rows, waits for the node's ledger, audits a sample, and
-removes all again. The files are not synced: they are only there to be many.
+removes all again. The files are not synced: they are only there to be many. One runs at a time; the next waits for it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import os
+import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +24,9 @@ DIRECTORY = "bench-scale"  # on the mount
 SIZE = 4096
 BATCH = 250
 THREADS = 4
+RUN = secrets.token_hex(4)  # a name that was deleted is never alive again, so each run has names of its own
+LOCK = 0x7472_6962  # an advisory lock of the database
+PATIENCE = 100.0
 
 
 def say(answer: dict[str, Any]) -> None:
@@ -31,7 +36,22 @@ def say(answer: dict[str, Any]) -> None:
 
 def name_of(number: int) -> str:
     """Return the stored name of a file."""
-    return f"{DIRECTORY}/{number % 16:x}/{number // 16 % 16:x}/{number}.bin"
+    return f"{DIRECTORY}/{RUN}/{number % 16:x}/{number // 16 % 16:x}/{number}.bin"
+
+
+def alone() -> None:
+    """Wait until no other of these runs: one that lost its master goes on until its task is done."""
+    from django.db import connection
+
+    end = time.monotonic() + PATIENCE
+    while True:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_try_advisory_lock(%s)", [LOCK])  # held until we end
+            if cursor.fetchone()[0]:
+                return
+        if time.monotonic() > end:
+            raise RuntimeError(f"another of these has been at work for {PATIENCE:.0f} s")
+        time.sleep(0.2)
 
 
 def in_threads(work: Callable[[list[Any]], None], items: list[Any]) -> None:
@@ -104,7 +124,11 @@ def there() -> Any:
 
 
 def remove(count: int) -> int:
-    """Delete some of the files as the site does, and forget their pictures; return how many are left."""
+    """Delete some of the files as the site does; with the last, forget pictures and remove directories.
+
+    Returns how many are left.
+    """
+    from django.conf import settings
     from django.db import transaction
     from example.gallery.models import Picture
 
@@ -120,6 +144,8 @@ def remove(count: int) -> int:
     left = there().count()
     if left == 0:
         Picture.objects.filter(current=None, versions__file__name__startswith=f"{DIRECTORY}/").delete()
+        with contextlib.suppress(FileNotFoundError):  # also files whose rows a killed run did not write
+            shutil.rmtree(Path(settings.MEDIA_ROOT) / DIRECTORY)
     return int(left)
 
 
@@ -143,14 +169,24 @@ def await_ledger(deadline: float) -> int:
         time.sleep(0.2)
 
 
-def audit(sample: int) -> float:
-    """Audit a sample by catalog and bricks; return the seconds. A difference is an error."""
+def audit(sample: int) -> dict[str, Any]:
+    """Audit a sample by catalog and bricks; return the seconds and how many copies were compared.
+
+    A difference is an error, and so is a sample that was not looked at.
+    """
     from django.core.management import call_command
 
+    from tribrick.models import MediaFile, State
+
+    wanted = min(sample, MediaFile.objects.filter(state=State.STORED).count())
     said = io.StringIO()
     started = time.perf_counter()
     call_command("tribrick", "audit", "--sample", str(sample), "--json", stdout=said)
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    report = json.loads(said.getvalue())
+    if not report["checked"] == wanted > 0 or not report["read"]:
+        raise RuntimeError(f"the audit was to check {wanted} files, and read {report['read']} bytes")
+    return {"seconds": seconds, "copies": len(report["counts"])}
 
 
 def newest_half() -> int:
@@ -167,6 +203,7 @@ def main() -> None:
 
     django.setup()
     try:
+        alone()
         say({"left": there().count()})
         for line in sys.stdin:
             asked = json.loads(line)
@@ -178,7 +215,7 @@ def main() -> None:
             elif asked["do"] == "ledger":
                 say({"number": await_ledger(asked["deadline"])})
             elif asked["do"] == "audit":
-                say({"seconds": audit(asked["sample"])})
+                say(audit(asked["sample"]))
             elif asked["do"] == "middle":
                 say({"picture": newest_half()})
     except Exception as error:

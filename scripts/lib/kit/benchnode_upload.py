@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +113,7 @@ def app(port: int, processes: int, threads: int) -> None:
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:
             given = {"bind": f"127.0.0.1:{port}", "workers": processes, "worker_class": "gthread", "threads": threads}
-            given |= {"keepalive": 60, "loglevel": "warning"}
+            given |= {"keepalive": 60, "graceful_timeout": 10, "loglevel": "warning"}
             for name, value in given.items():
                 self.cfg.set(name, value)
             if "control_socket_disable" in self.cfg.settings:
@@ -131,20 +132,31 @@ def serve(words: list[str]) -> None:
     from django.db import connection
 
     clean()
-    LOCAL.mkdir(mode=0o700)
-    with connection.cursor() as cursor:
-        cursor.execute(f"CREATE SCHEMA {SCHEMA}")
-        cursor.execute("CREATE TABLE uploads (id bigserial PRIMARY KEY, name text, size bigint)")
     command = [sys.executable, "-P", __file__, "app", *words]
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    server = None
     try:
+        LOCAL.mkdir(mode=0o700)
+        with connection.cursor() as cursor:
+            cursor.execute(f"CREATE SCHEMA {SCHEMA}")
+            cursor.execute("CREATE TABLE uploads (id bigserial PRIMARY KEY, name text, size bigint)")
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
         wait_alive(server, int(words[0]))
         say({"ready": "a plain Django site"})
         sys.stdin.read()
     finally:
-        server.terminate()
-        server.wait(30)
+        if server is not None:
+            end(server)
         clean()
+
+
+def end(server: subprocess.Popen[bytes]) -> None:
+    """End the web server; nobody waits for its answers any more."""
+    server.send_signal(signal.SIGQUIT)  # gunicorn's quick shutdown
+    try:
+        server.wait(30)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def wait_alive(server: subprocess.Popen[bytes], port: int) -> None:

@@ -62,8 +62,10 @@ class Volume:
 
     def set(self, values: dict[str, str]) -> None:
         """Set options; those with an empty value are reset."""
-        for name, value in values.items():
-            self.gluster(f"set {self.name} {name} {value}" if value else f"reset {self.name} {name}")
+        if pairs := [f"{name} {value}" for name, value in values.items() if value]:
+            self.gluster(f"set {self.name} {' '.join(pairs)}", deadline=120)
+        for name in (name for name, value in values.items() if not value):
+            self.gluster(f"reset {self.name} {name}")
 
     @contextlib.contextmanager
     def back(self, names: Iterable[str]) -> Iterator[dict[str, str]]:
@@ -118,7 +120,12 @@ class Scratch(Volume):
         self.gluster(f"start {self.name}", deadline=120)
 
         def away() -> str | None:
-            found = online(inside(self.lab, NODE, f"gluster --mode=script --xml volume status {self.name}"))
+            # A health check that asks at the same moment holds the volume's lock: then this one is refused.
+            said = inside(self.lab, NODE, f"gluster --mode=script --xml volume status {self.name}", check=False)
+            try:
+                found = online(said)
+            except KitError as error:
+                return str(error)
             return None if found == len(NODES) else f"{found} of {len(NODES)} run"
 
         wait_for(Quiet(), "the bricks of the volume to throw away", away, deadline=90)
@@ -127,11 +134,14 @@ class Scratch(Volume):
         """Stop it."""
         self.gluster(f"stop {self.name} force", deadline=120)
 
-    def remount(self, options: str) -> None:
-        """Mount it anew: a client without anything in its memory, with the volume's options of now."""
+    def remount(self, options: str, environment: str = "") -> None:
+        """Mount it anew: a client without anything in its memory, with the volume's options of now.
+
+        *environment* is a variable of its process, NAME=VALUE.
+        """
         self.unmount()
-        command = f"mkdir -p {self.mount} && mount -t glusterfs -o {options} {NODE}:/{self.name} {self.mount}"
-        inside(self.lab, NODE, command, deadline=60)
+        command = f"mount -t glusterfs -o {options} {NODE}:/{self.name} {self.mount}"
+        inside(self.lab, NODE, f"mkdir -p {self.mount} && {environment} {command}", deadline=60)
 
         def away() -> str | None:
             said = inside(self.lab, NODE, f"stat --format=%i {self.mount} || :", check=False).strip()
@@ -140,18 +150,36 @@ class Scratch(Volume):
         wait_for(Quiet(), f"the mount {self.mount}", away, deadline=60)
 
     def unmount(self) -> None:
-        """Unmount it, if it is mounted."""
-        inside(self.lab, NODE, f"! mountpoint -q {self.mount} || umount {self.mount}", deadline=60)
+        """Unmount it, if it is mounted.
+
+        It may be dead, so it is not looked at. A run that was interrupted has left a program at work in it, which ends
+        within seconds: it is waited for.
+        """
+        mounted = f"grep -q ' {self.mount} ' /proc/self/mounts"
+
+        def busy() -> str | None:
+            script = f"! {mounted} || umount {self.mount} 2>&1; ! {mounted} || echo mounted"
+            return inside(self.lab, NODE, script, deadline=60, check=False).strip() or None
+
+        wait_for(Quiet(), f"{self.mount} to be unmounted", busy, deadline=60)
 
     def remove(self) -> None:
         """Remove all of it, also what a run that was killed has left."""
         self.unmount()
-        listed = self.gluster("list").split()
-        if self.name in listed:
-            started = "Status: Started" in self.gluster(f"info {self.name}")
-            if started:
-                self.stop()
-            self.gluster(f"delete {self.name}", deadline=120)
+
+        def there() -> str | None:
+            if self.name not in self.gluster("list").split():
+                return None
+            try:  # a command of a run that was interrupted may still be at work on the volume
+                if "Status: Started" in self.gluster(f"info {self.name}"):
+                    self.stop()
+                self.gluster(f"delete {self.name}", deadline=120)
+            except KitError as error:
+                return str(error)
+            return None
+
+        wait_for(Quiet(), f"the volume {self.name} to be deleted", there, deadline=120, interval=2)
+        logs = f"bricks/*bench-volume-brick.log* {self.mount[1:].replace('/', '-')}.log*"
         for node in NODES:
-            inside(self.lab, node, f"rm -rf {self.place}", deadline=300)
+            inside(self.lab, node, f"rm -rf {self.place}; cd /var/log/glusterfs && rm -f {logs}", deadline=300)
         inside(self.lab, NODE, f"! test -d {self.mount} || rmdir {self.mount}")

@@ -103,13 +103,34 @@ def test_many_files_in_the_sites_own_catalog(media: Path, tmp_path: Path) -> Non
         assert Client().get("/").content.count(b".bin") >= 24, "the gallery shows them"
         middle = program.ask(do="middle")["picture"]
         assert Picture.objects.filter(id__gt=middle).count() == 30
-        assert program.ask(do="audit", sample=20)["seconds"] > 0
+        audit = program.ask(do="audit", sample=20)
+        assert audit["seconds"] > 0 and audit["copies"] == 1
         ledger.follow_once(file)
         assert program.ask(do="ledger", deadline=5)["number"] == 60
         assert program.ask(do="remove", count=45) == {"left": 15}
         assert program.ask(do="remove", count=45) == {"left": 0}
     assert not Picture.objects.exists() and not stored.all().exists()
-    assert not [path for path in (media / benchnode_scale.DIRECTORY).rglob("*") if path.is_file()]
+    assert not (media / benchnode_scale.DIRECTORY).exists()
+
+
+def test_files_once_more_in_the_same_site(media: Path) -> None:
+    get_user_model().objects.create_user("lab")
+    for _ in range(2):
+        with running("benchnode_scale.py") as program:
+            assert program.answer() == {"left": 0}
+            assert program.ask(do="add", start=0, count=5, owner="lab") == {}
+            assert program.ask(do="remove", count=9) == {"left": 0}
+
+
+def test_a_second_program_waits_for_the_first() -> None:
+    with running("benchnode_scale.py") as first:
+        first.answer()
+        with running("benchnode_scale.py") as second:
+            assert second.process.stdout is not None
+            assert not select.select([second.process.stdout], [], [], 3)[0], "it does not wait"
+            assert first.process.stdin is not None
+            first.process.stdin.close()
+            assert second.answer() == {"left": 0}
 
 
 def test_an_audit_that_finds_something_is_no_figure(media: Path) -> None:
@@ -117,7 +138,8 @@ def test_an_audit_that_finds_something_is_no_figure(media: Path) -> None:
     with running("benchnode_scale.py") as program:
         program.answer()
         program.ask(do="add", start=0, count=5, owner="lab")
-        (media / benchnode_scale.name_of(3)).write_bytes(b"torn")
+        one = MediaFile.objects.order_by("name")[3]
+        (media / one.name).write_bytes(b"torn")
         assert "CommandError" in program.ask(do="audit", sample=5)["error"]
     assert program.process.returncode != 0
 

@@ -104,7 +104,7 @@ def test_an_option_is_put_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         ends()
     assert seen == ["off"]
-    assert volume.options == before and volume.done == ["set", "set"]
+    assert volume.options == before and volume.done == ["unmount", "set"] * 2
 
 
 def test_what_bricks_take_at_their_start_only() -> None:
@@ -125,7 +125,7 @@ def test_a_trial_that_leaves_the_volume_alone() -> None:
 def test_a_run_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     volume, asked = FakeScratch(), list[tuple[str, str, str]]()
 
-    def work(volume_: Any, mount: dict[str, str], form: str) -> dict[str, float]:
+    def work(volume_: Any, mount: dict[str, str], form: str, _ciphers: str = "") -> dict[str, float]:
         asked.append((volume_.option("performance.flush-behind"), bench_options.mount_options(mount), form))
         rate = 200.0 if volume_.option("performance.flush-behind") == "on" or "ro" in mount else 100.0
         return {kind: rate for kind in bench_options.WORKS if form != "none" or kind != "save"}
@@ -133,16 +133,69 @@ def test_a_run_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_options, "Scratch", lambda _lab: volume)
     monkeypatch.setattr(bench_options, "inside", lambda *_words, **_more: "glusterfs 11.1\n")
     monkeypatch.setattr(bench_options, "work", work)
-    options = argparse.Namespace(option=["flush-behind", "read-only"], blocks=2)
+    labs: list[str] = []
+    monkeypatch.setattr(bench_options, "Volume", lambda _lab: argparse.Namespace(unclean=lambda: labs.append("asked")))
+    options = argparse.Namespace(option=["flush-behind", "read-only"], all=False, blocks=2)
     figures = bench_options.run(Any, options, lambda _text: None)  # type: ignore[arg-type]
     bench.check_flat(figures)
     assert [one[0] for one in asked[1:5]] == ["off", "on", "on", "off"]
     assert asked[6][1].startswith("log-level=WARNING,attribute-timeout=30,") and asked[6][1].endswith(",ro")
     assert {one[2] for one in asked[5:]} == {"none"}, "the same work both ways"
-    assert figures["flush-behind_save"] == 2.0 and "read-only_save" not in figures and figures["read-only_cold"] == 2.0
+    assert figures["flush_behind_save"] == 2.0 and "read_only_save" not in figures and figures["read_only_cold"] == 2.0
+    assert labs == ["asked"], "the lab's own volume has come through it"
     told = bench_options.lines(figures | {"debian": "13"})
     assert len(told) == 4 and told[3].split()[-1] == "-"
     assert bench_options.picture(figures).count("<circle") == 2 + 3
+
+
+class FakeNode:
+    """Runs a node's scripts here; *clients* are what pgrep finds."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clients = list[subprocess.Popen[bytes]]()
+        monkeypatch.setattr(bench_options, "OPENSSL", str(tmp_path / "openssl.cnf"))
+        monkeypatch.setattr(bench_options, "inside", self.inside)
+
+    def inside(self, _lab: Any, _node: str, script: str, **_more: Any) -> str:
+        found = " ".join(str(one.pid) for one in self.clients)
+        script = script.replace("pgrep -x glusterfs", f"echo {found}")
+        return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+@pytest.mark.parametrize("ciphers", ["TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256"])
+def test_a_client_that_offers_other_ciphers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ciphers: str) -> None:
+    node = FakeNode(tmp_path, monkeypatch)
+    volume: Any = argparse.Namespace(lab=None, mount="/mnt/tribrick-bench")
+    variable = bench_options.offered(volume.lab, ciphers)
+    assert variable == f"OPENSSL_CONF={tmp_path}/openssl.cnf"
+    with pytest.raises(KitError, match="does not have"):
+        bench_options.check_environment(volume, variable)
+    # Another mount's client first, then this one's.
+    for mount in ("/srv/media", volume.mount):
+        words = ["sh", "-c", "read _", "glusterfs", mount]
+        node.clients.append(
+            subprocess.Popen(words, stdin=subprocess.PIPE, env={"OPENSSL_CONF": variable.partition("=")[2]})
+        )
+        with contextlib.suppress(KitError) if mount != volume.mount else contextlib.nullcontext():
+            bench_options.check_environment(volume, variable)
+            assert mount == volume.mount, "the client of another mount says nothing of this one"
+    for one in node.clients:
+        one.communicate(b"\n")
+
+
+def test_ciphers_that_openssl_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeNode(tmp_path, monkeypatch)
+    monkeypatch.setattr(bench_options, "CIPHERS", "# {ciphers}\n")
+    with pytest.raises(KitError, match="was to offer"):
+        bench_options.offered(None, "TLS_AES_128_GCM_SHA256")  # type: ignore[arg-type]
+
+
+def test_what_is_measured_by_default() -> None:
+    parser = argparse.ArgumentParser()
+    bench_options.arguments(parser)
+    assert not parser.parse_args([]).all and set(bench_options.USUAL) < set(bench_options.TRIALS)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--all", "--option", "tls"])
 
 
 def test_the_mount_is_the_kits() -> None:
@@ -166,7 +219,8 @@ class FakeLab:
     """A lab whose commands are noted; *volumes* are what gluster knows."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.done, self.volumes = list[str](), {"media": INFO}
+        self.done, self.volumes, self.busy = list[str](), {"media": INFO}, 0
+        self.refused = 0
         monkeypatch.setattr(benchvolume, "inside", self.inside)
 
     def site_variables(self) -> dict[str, Any]:
@@ -177,6 +231,9 @@ class FakeLab:
 
     def inside(self, _lab: Any, node: str, script: str, **_more: Any) -> str:
         self.done.append(f"{node} {script}")
+        if "umount" in script:
+            self.busy -= 1
+            return "umount: target is busy.\nmounted\n" if self.busy >= 0 else ""
         if script.endswith("volume list"):
             return "\n".join(self.volumes)
         if "volume info" in script:
@@ -184,6 +241,9 @@ class FakeLab:
         if "volume create" in script:
             self.volumes["tribrick-bench"] = "Status: Started\nOptions Reconfigured:\nclient.ssl: on\n"
         if "volume delete" in script:
+            self.refused -= 1
+            if self.refused >= 0:
+                raise KitError("Another transaction is in progress")
             del self.volumes["tribrick-bench"]
         if "volume status" in script:
             return status("1", "1", "1")
@@ -198,18 +258,24 @@ def test_a_volume_like_the_labs_for_a_while(monkeypatch: pytest.MonkeyPatch) -> 
         assert set(lab.volumes) == {"media", "tribrick-bench"}
     assert set(lab.volumes) == {"media"}
     said = "\n".join(lab.done)
-    assert (
-        "set tribrick-bench auth.allow 198.18.0.11,198.18.0.12" in said and "set tribrick-bench client.ssl" not in said
-    )
+    assert "volume set tribrick-bench cluster.quorum-type auto auth.allow 198.18.0.11,198.18.0.12\n" in said
     assert "mount -t glusterfs -o ro node1:/tribrick-bench /mnt/tribrick-bench" in said
     assert not [one for one in lab.done if " media" in one and "info media" not in one], "the lab's own is left alone"
     for node in ("node1", "node2", "node3"):
-        assert f"{node} rm -rf /srv/gluster/media/bench-volume" in lab.done[-5:]
+        removed = [one for one in lab.done[-5:] if one.startswith(f"{node} rm -rf /srv/gluster/media/bench-volume;")]
+        assert len(removed) == 1 and "mnt-tribrick-bench.log*" in removed[0]
+
+
+def test_a_mount_that_a_program_still_works_in_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab: Any = FakeLab(monkeypatch)
+    lab.busy = 2
+    benchvolume.Scratch(lab).unmount()
+    assert sum("umount" in one for one in lab.done) == 3
 
 
 def test_a_volume_that_a_killed_run_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     lab: Any = FakeLab(monkeypatch)
-    lab.volumes["tribrick-bench"] = "Status: Started\n"
+    lab.volumes["tribrick-bench"], lab.refused = "Status: Started\n", 1
     with benchvolume.Scratch(lab).there():
         before, _, _ = "\n".join(lab.done).partition("volume create")
-        assert "volume stop tribrick-bench force" in before and "volume delete tribrick-bench" in before
+        assert "volume stop tribrick-bench force" in before and before.count("volume delete tribrick-bench") == 2

@@ -44,16 +44,19 @@ def test_without_a_recap_there_is_no_figure() -> None:
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A lab that is never made; *done* is what would have happened."""
     done = list[str]()
-    made = SimpleNamespace(name="rollout", state=tmp_path / "none", done=done, changed=4, there={})
+    made = SimpleNamespace(name="rollout", state=tmp_path / "none", done=done, changed=4, there={}, broken=())
 
     def lab_command(*words: str) -> None:
         done.append(words[0])
+        if words[0] in made.broken:
+            raise KitError(f"'./scripts/lab {words[0]}' failed (1).")
 
     def rollout(_lab: Any, _say: Any, extra: Any = ()) -> bench_rollout.Run:
         done.append(" ".join(extra) or "site")
         return bench_rollout.Run(float(len(done)), 100, 300, made.changed if extra else 0)
 
     made.recall = lambda: {"release": "13"}
+    monkeypatch.setattr(bench_rollout, "LOG", tmp_path / "bench" / "rollout.log")
     monkeypatch.setattr(bench_rollout, "containers", lambda _lab: made.there)
     monkeypatch.setattr(bench_rollout, "lab_command", lab_command)
     monkeypatch.setattr(bench_rollout, "rollout", rollout)
@@ -79,6 +82,32 @@ def test_a_change_that_changes_nothing_is_an_error(lab: SimpleNamespace) -> None
     with pytest.raises(KitError, match="changed nothing"):
         go(lab)
     assert lab.done[-1] == "down"
+
+
+def test_what_went_wrong_first_is_told(lab: SimpleNamespace) -> None:
+    lab.broken = ("up", "down")
+    with pytest.raises(KitError, match="lab up' failed"):
+        go(lab)
+    assert lab.done == ["up", "down"]
+    lab.broken = ("down",)
+    with pytest.raises(KitError, match="lab down' failed"):
+        go(lab)
+
+
+def test_an_interrupted_command_ends_as_with_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "scripts" / "lab"
+    script.parent.mkdir()
+    script.write_text(
+        "#!/usr/bin/env bash\ntrap 'echo ended >\"$0.ended\"; exit 130' INT\n"
+        'touch "$0.began"\nwhile :; do sleep 0.05; done\n',
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(bench_rollout, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_rollout, "LAB_WAIT", 1.0)
+    with pytest.raises(KitError, match="not done within 1 s"):
+        bench_rollout.lab_command("up")
+    assert (tmp_path / "scripts" / "lab.ended").exists(), "it had time to end what it had started"
 
 
 def test_a_lab_that_is_there_is_left_alone(lab: SimpleNamespace) -> None:

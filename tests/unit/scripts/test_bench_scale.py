@@ -71,19 +71,22 @@ class FakeRemote:
     """In place of the program on a node: counts the files."""
 
     def __init__(self, left: int = 0) -> None:
-        self.files, self.asked = left, list[str]()
+        self.files, self.asked, self.stuck, self.dies = left, list[str](), False, ""
+        self.copies = 4
 
     def answer(self, _deadline: float) -> dict[str, Any]:
         return {"left": self.files}
 
     def ask(self, command: dict[str, Any], _deadline: float) -> dict[str, Any]:
         self.asked.append(command["do"])
+        if command["do"] == self.dies:
+            raise KitError("the program has ended")
         if command["do"] == "add":
             assert command["start"] == self.files, "no file is written twice"
             self.files += command["count"]
-        if command["do"] == "remove":
+        if command["do"] == "remove" and not self.stuck:
             self.files -= min(self.files, command["count"])
-        return {"left": self.files, "seconds": 0.5, "picture": 9, "number": 1}
+        return {"left": self.files, "seconds": 0.5, "copies": self.copies, "picture": 9, "number": 1}
 
     def __enter__(self) -> FakeRemote:
         return self
@@ -142,6 +145,35 @@ def test_a_mirror_that_did_something_else_is_no_figure(lab: SimpleNamespace, cop
     with pytest.raises(KitError, match=said):
         go(lab, 1000)
     assert lab.remote.files == 0, "deleted all the same"
+
+
+def test_a_program_that_ended_is_followed_by_one_that_deletes(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[FakeRemote]()
+
+    def start(*_words: Any) -> FakeRemote:
+        started.append(FakeRemote(left=started[-1].files if started else 0))
+        started[-1].dies = "audit" if len(started) == 1 else ""
+        return started[-1]
+
+    monkeypatch.setattr(bench_scale, "Remote", start)
+    with pytest.raises(KitError, match="has ended"):
+        go(lab, 1000)
+    assert started[0].files == 1000 and started[1].files == 0 and len(started) == 2
+
+
+def test_an_audit_without_bricks_is_no_figure(lab: SimpleNamespace) -> None:
+    lab.remote.copies = 1
+    with pytest.raises(KitError, match="4 copies"):
+        go(lab, 1000)
+
+
+def test_files_that_cannot_be_deleted() -> None:
+    remote: Any = FakeRemote(left=10)
+    remote.stuck = True
+    with pytest.raises(KitError, match="10 files do not"):
+        bench_scale.empty(remote, lambda _text: None)
 
 
 def test_files_of_a_killed_run_are_deleted_first(lab: SimpleNamespace) -> None:

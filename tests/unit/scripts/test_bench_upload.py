@@ -21,6 +21,7 @@ class Site(BaseHTTPRequestHandler):
     seen: list[tuple[str, str, str | None]] = []  # noqa: RUF012
     bodies: list[bytes] = []  # noqa: RUF012
     status = 201
+    deleted = 0  # another status for DELETE
     protocol_version = "HTTP/1.1"
 
     def answer(self, status: int, said: bytes) -> None:
@@ -39,7 +40,7 @@ class Site(BaseHTTPRequestHandler):
 
     def do_DELETE(self) -> None:
         """Delete."""
-        self.answer(204 if self.status == 201 else 500, b"")
+        self.answer(self.deleted or (204 if self.status == 201 else 500), b"")
 
     def log_message(self, *_words: Any) -> None:
         """Say nothing."""
@@ -47,7 +48,7 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def target() -> Iterator[bench_upload.Target]:
-    Site.seen, Site.bodies, Site.status = [], [], 201
+    Site.seen, Site.bodies, Site.status, Site.deleted = [], [], 201, 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield bench_upload.Target(f"http://127.0.0.1:{server.server_address[1]}/api/media/", "secret")
@@ -90,9 +91,23 @@ def test_what_was_stored_before_an_error_is_deleted(target: bench_upload.Target)
         bench_upload.remove(target)
 
 
+def test_what_is_gone_already_is_deleted(target: bench_upload.Target) -> None:
+    target.stored, Site.deleted = ["x"], 404
+    bench_upload.remove(target)
+    assert target.stored == [] and len(Site.seen) == 1
+
+
+def test_a_lab_without_a_site() -> None:
+    lab: Any = argparse.Namespace(name="t", recall=dict, url=lambda _node: "http://x")
+    with pytest.raises(KitError, match="no site yet"):
+        bench_upload.api(lab)
+
+
 def test_nobody_there() -> None:
     with pytest.raises(KitError, match="refused"):
         bench_upload.send(bench_upload.Target("http://127.0.0.1:9/"), [bench_upload.form(1)], 1)
+    with pytest.raises(KitError, match=r"could not be deleted.*refused"):
+        bench_upload.remove(bench_upload.Target("http://127.0.0.1:9/", "", ["x"]))
 
 
 def test_ways_take_turns_and_become_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +162,7 @@ def test_a_tree_is_copied_in_turns_and_removed(monkeypatch: pytest.MonkeyPatch) 
     lab: Any = argparse.Namespace(site_variables=lambda: {"tribrick_media_root": "/srv/media"})
     seconds = bench_upload.tree(lab, 2, lambda _text: None)
     assert seconds == {"local": [[2.5], [2.5]], "mount": [[2.5], [2.5]]}
-    assert done[-1].startswith(f"rm -rf {bench_upload.HERE}-tree /srv/media/bench-tree-")
+    assert f"until rm -rf {bench_upload.HERE}-tree /srv/media/bench-tree-" in done[-1]
 
 
 def test_the_options() -> None:
