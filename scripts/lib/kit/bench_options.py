@@ -2,11 +2,12 @@
 
 The volume has the lab's options and lies on the same disks. For each option it is mounted anew as the kit does and with
 this one thing different, turn by turn; then four threads on node1 read every file once (a client that knows nothing,
-as the origin's reads are), read some again and again, ask for attributes, and save files with fsync. Shown are ratios
-of what was done a second: above 1 the other value is faster. What is measured here is not what is safe; the profile in
-roles/gluster_volume says why each option is as it is.
-Takes about 300 s with the options that are measured by default, about 800 s with --all, and of single ones 60 s and 30
-for each. Quick, to see that it works: --option rename --blocks 1.
+as the origin's reads are), read some again and again, save files with fsync, and ask for the attributes of each file
+once more, after what the kernel knew has expired. Shown are ratios of what was done a second: above 1 the other value
+is faster. What is measured here is not what is safe; the profile in roles/gluster_volume says why each option is as it
+is. Not here, since a lab has too few files and clients to fill them: network.inode-lru-limit and the mount's queues.
+Expected to take about 320 s with the options that are measured by default, about 800 s with --all, and of single ones
+60 s and 30 for each. Quick, to see that it works: --option rename --blocks 1.
 """
 
 from __future__ import annotations
@@ -88,10 +89,15 @@ def again(thread):
         yield dice.randrange(files)
 
 found = {"cold": rate(read, once, time.monotonic() + 600)}
-for name, work in (("hot", read), ("stat", stat), *([] if form == "none" else [("save", save)])):
-    found[name] = rate(work, again, time.monotonic() + seconds)
-for name in os.listdir(place + "/saved") if form != "none" else ():
-    os.unlink(f"{place}/saved/{name}")
+found["hot"] = rate(read, again, time.monotonic() + seconds)
+read_until = time.monotonic()
+if form != "none":
+    found["save"] = rate(save, again, time.monotonic() + seconds)
+    for name in os.listdir(place + "/saved"):
+        os.unlink(f"{place}/saved/{name}")
+# The kernel keeps attributes for a second with the kit's mount; before, only it would be asked.
+time.sleep(max(0, read_until + 1.1 - time.monotonic()))
+found["stat"] = rate(stat, once, time.monotonic() + 600)
 print(json.dumps(found))
 """
 
@@ -129,17 +135,12 @@ TRIALS: Final = {
     "server-event-threads": Trial("server.event-threads 4", {"server.event-threads": "4"}),
     "client-io-threads": Trial("performance.client-io-threads on", {"performance.client-io-threads": "on"}),
     "io-threads": Trial("performance.io-thread-count 32", {"performance.io-thread-count": "32"}),
-    "inode-lru": Trial("network.inode-lru-limit 65536", {"network.inode-lru-limit": "65536"}),
     "durability": Trial("cluster.ensure-durability off; not safe", {"cluster.ensure-durability": "off"}),
     "reader-threads": Trial("mount reader-thread-count=4", mount={"reader-thread-count": "4"}),
     "read-only": Trial(
         "mount ro, attribute-timeout=30, entry-timeout=30",
         mount={"ro": "", "attribute-timeout": "30", "entry-timeout": "30"},
         form="none",
-    ),
-    "queue": Trial(
-        "mount background-qlen=256, congestion-threshold=192",
-        mount={"background-qlen": "256", "congestion-threshold": "192"},
     ),
     "ctime": Trial("features.ctime on; not safe", {"features.ctime": "on"}),
     # Not ssl.cipher-list: GlusterFS speaks TLS 1.3, for which OpenSSL does not look at it.

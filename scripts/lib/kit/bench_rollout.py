@@ -2,8 +2,8 @@
 
 It makes a lab of its own (--name, default: rollout), runs site.yml there as an operator would, and takes the lab down
 again. The base packages are in the lab's image, as everywhere in the lab; with --image bare the rollout installs them.
-Tasks are those that ansible-playbook prints: of a play that takes host by host, once for each host. Takes about 330 s
-if the lab's images are there, else 80 s more. What ansible-playbook said is in .lab/bench/rollout.log.
+Tasks are those that ansible-playbook prints: of a play that takes host by host, once for each host. Expected to take
+about 330 s if the lab's images are there, else 80 s more. What ansible-playbook said is in .lab/bench/rollout.log.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ of 20 KB by the API, one after the other; pages (the gallery's first, one from i
 of 50 random files by hash, on the mount and on all bricks; a mirror of node1 into a new place, without a snapshot, and
 again when nothing has changed. A size comes after the other, so what else the machine does shows in the ratios: leave
 it alone. All is deleted in the end; the site keeps the tombstones, so take a lab that can be thrown away.
-Takes about 300 s, most of it to make and delete the files; 100,000 files take about ten times that. Quick, to see that
-it works: --files 200 --files 400 --blocks 2, about 60 s.
+Expected to take about 300 s, most of it to make and delete the files; 100,000 files take about ten times that.
+Quick, to see that it works: --files 200 --files 400 --blocks 2, about 60 s.
 """
 
 from __future__ import annotations
@@ -125,7 +125,10 @@ command = ["tribrick-mirror", "--config", "{MIRROR}/mirror.json", "run", "--no-s
 started = time.perf_counter()
 done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 if done.returncode:
-    said = done.stderr.decode(errors="replace").strip() or done.stdout.decode(errors="replace").strip()[-500:]
+    said = done.stderr.decode(errors="replace").strip()
+    if not said and done.stdout:
+        report = json.loads(done.stdout)
+        said = "; ".join([*report["problems"], *report["volume"]][:3])
     sys.exit(f"tribrick-mirror ended with {{done.returncode}}: {{said}}")
 print(json.dumps([time.perf_counter() - started, json.loads(done.stdout)["copied"]]))
 """
@@ -225,7 +228,7 @@ def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
     finally:
         # By a new program: the first one may have ended with an error, or with Ctrl-C.
         with Remote(lab.ssh(NODE), PROGRAM, [], log) as remote:
-            remote.answer(120)
+            say(f"deleting {remote.answer(120)['left']} files")
             empty(remote, say)
         remove_uploads(ours)
     return evaluate(found)

@@ -5,7 +5,7 @@ durable, hashed, with the catalog's rows. "stock" and "local" are a plain Django
 threads behind an nginx of this command's own: Django's FileSystemStorage on the mount, or on local disk, and one row;
 no fsync. Storage: the same three called on node1, one save after the other. Tree: 500 files of 20 KB that rsync copies
 to the mount and to local disk. All take turns. What was stored is deleted in the end; the site keeps its tombstones.
-Takes about 240 s. Quick, to see that it works: --size 50k --connections 8 --blocks 1, about 40 s.
+Expected to take about 240 s. Quick, to see that it works: --size 50k --connections 8 --blocks 1, about 40 s.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def remove(target: Target) -> None:
 
 
 @contextlib.contextmanager
-def targets(lab: Lab, log: Path) -> Iterator[dict[str, Target]]:
+def targets(lab: Lab, log: Path, say: Say) -> Iterator[dict[str, Target]]:
     """Run the plain site, and delete what was stored afterwards."""
     gunicorn = inside(lab, NODE, "grep -E '^(workers|threads) = ' /etc/tribrick/gunicorn.conf.py")
     numbers = dict(line.split(" = ") for line in gunicorn.split("\n") if line)
@@ -173,6 +173,7 @@ def targets(lab: Lab, log: Path) -> Iterator[dict[str, Target]]:
             try:
                 yield {"local": Target(f"{address}/local/"), "stock": Target(f"{address}/stock/"), "ours": ours}
             finally:
+                say(f"deleting {len(ours.stored)} files that were uploaded to the site")
                 remove(ours)
 
 
@@ -247,7 +248,7 @@ def run(lab: Lab, options: argparse.Namespace, say: Say) -> Figures:
     log = lab.state / "bench.log"
     log.write_bytes(b"")
     figures: Figures = {"connections": ", ".join(map(str, connections)), "blocks": options.blocks}
-    with targets(lab, log) as where:
+    with targets(lab, log, say) as where:
         for name in options.size or SIZES:
             for count in connections:
                 rates = whole_stack(where, name, count, options.blocks, say)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -180,6 +183,61 @@ def test_files_of_a_killed_run_are_deleted_first(lab: SimpleNamespace) -> None:
     lab.remote = FakeRemote(left=1500)
     go(lab, 10)
     assert lab.remote.asked[:3] == ["remove", "remove", "add"]
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Scripts of a node run here, with a tribrick-mirror that says how it was called and fails if told to."""
+    program = tmp_path / "bin" / "tribrick-mirror"
+    program.parent.mkdir()
+    program.write_text(
+        f"""#!/bin/sh
+echo "$@" >>{tmp_path}/called
+cp "$2" {tmp_path}/used.json
+echo '{{"copied": 7, "problems": ["a is missing", "b is torn"], "volume": []}}'
+test ! -e {tmp_path}/fails
+""",
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    (tmp_path / "real").mkdir()
+    real = {"place": str(tmp_path / "real"), "source": "/srv/media", "push": {"target": "x"}, "restic": {}}
+    (tmp_path / "mirror.json").write_text(json.dumps(real), encoding="utf-8")
+
+    def inside(_lab: Any, _node: str, script: str, **_more: Any) -> str:
+        script = script.replace("/etc/tribrick/mirror.json", str(tmp_path / "mirror.json"))
+        paths = f"{program.parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["sh", "-c", script], capture_output=True, text=True, timeout=30, env={**os.environ, "PATH": paths}
+        )
+        if done.returncode:
+            raise KitError(done.stderr.strip())
+        return done.stdout
+
+    monkeypatch.setattr(bench_scale, "inside", inside)
+    monkeypatch.setattr(bench_scale, "MIRROR", str(tmp_path / "bench-mirror"))
+    return tmp_path
+
+
+def test_a_mirror_in_a_new_place(node: Path) -> None:
+    place = node / "bench-mirror"
+    place.mkdir()
+    (place / "left").touch()
+    with bench_scale.mirror(None) as run_mirror:  # type: ignore[arg-type]
+        assert not (place / "left").exists() and (place / "place").is_dir()
+        seconds, copied = run_mirror()
+        assert seconds > 0 and copied == 7
+    assert not place.exists()
+    assert (node / "called").read_text(encoding="utf-8").split()[2:] == ["run", "--no-snapshot", "--json"]
+    used = json.loads((node / "used.json").read_text(encoding="utf-8"))
+    assert used == {"place": f"{place}/place", "source": "/srv/media", "push": {}, "restic": {}}
+
+
+def test_a_mirror_with_problems_is_no_figure(node: Path) -> None:
+    (node / "fails").touch()
+    with bench_scale.mirror(None) as run_mirror, pytest.raises(KitError, match="ended with 1: a is missing; b is torn"):  # type: ignore[arg-type]
+        run_mirror()
+    assert not (node / "bench-mirror").exists()
 
 
 def test_names_are_spread_over_directories() -> None:
