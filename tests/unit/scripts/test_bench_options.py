@@ -171,7 +171,7 @@ def test_a_client_that_offers_other_ciphers(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KitError, match="does not have"):
         bench_options.check_environment(volume, variable)
     # Another mount's client first, then this one's.
-    for mount in ("/srv/media", volume.mount):
+    for mount in ("/srv/media", volume.mount, volume.mount):
         words = ["sh", "-c", "read _", "glusterfs", mount]
         node.clients.append(
             subprocess.Popen(words, stdin=subprocess.PIPE, env={"OPENSSL_CONF": variable.partition("=")[2]})
