@@ -7,6 +7,8 @@ A part is a module ``kit.bench_NAME`` with
 - ``run(lab, options, say)``: measures and returns one flat dictionary of figures,
 - ``lines(figures)``: the same for people,
 - ``picture(figures)``: the same as an SVG.
+
+A module with ``OWN_LAB`` makes the lab itself, by this name unless another is given, and takes it down again.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        made.add_argument("--name", type=lab_name, default="lab", help="which lab (default: lab)")
+        default = getattr(part, "OWN_LAB", "lab")
+        made.add_argument("--name", type=lab_name, default=default, help=f"which lab (default: {default})")
         made.add_argument("--json", action="store_true", help="print one flat JSON object and nothing else")
         part.arguments(made)
     return main_
@@ -99,6 +102,17 @@ def require(lab: Lab) -> None:
     if still:
         said = ", ".join(f"{host} is {state}" for host, state in still.items())
         raise KitError(f"The lab '{lab.name}' is not whole: {said}. Mend it: ./scripts/lab up --name {lab.name}")
+
+
+@contextmanager
+def in_lab(lab: Lab, *, own: bool) -> Iterator[None]:
+    """Keep other commands off the lab meanwhile; of a part that makes its own, ./scripts/lab does."""
+    if own:
+        yield
+        return
+    require(lab)
+    with lab.alone():
+        yield
 
 
 def circumstances(lab: Lab) -> Figures:
@@ -162,9 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     part, lab = parts()[options.part], Lab(options.name)
     try:
-        require(lab)
-        with polite_end(), lab.alone():
-            figures = circumstances(lab) | part.run(lab, options, say_to_stderr())
+        with polite_end(), in_lab(lab, own=hasattr(part, "OWN_LAB")):
+            before = circumstances(lab)
+            figures = before | part.run(lab, options, say_to_stderr())
         check_flat(figures)
         files = keep(options.part, figures, part.picture(figures))
     except KitError as error:

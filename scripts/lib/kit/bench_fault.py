@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,11 +22,11 @@ import requests
 
 from kit import faults
 from kit.bench import Figures, Say
-from kit.benchlib import Ratio, Series, picture_of_ratios
+from kit.benchlib import Quiet, Ratio, Series, picture_of_ratios
 from kit.benchvolume import Volume
 from kit.faults import inside
 from kit.lab import NODES, Lab
-from kit.run import Console, KitError, wait_for
+from kit.run import KitError, wait_for
 
 SICK: Final = "node3"
 FAULTS: Final = ("silence", "power-cut", "pause", "brick-freeze", "kill")
@@ -84,14 +83,6 @@ for number in range(100):
         os.fchmod(file.fileno(), 0o644)
 """
 WHATS: Final = ("write", "read", "cached")
-
-
-class Quiet(Console):
-    """Waits without a word: standard output is for the figures alone."""
-
-    def say(self, text: str) -> None:
-        """Say it to standard error."""
-        print(text, file=sys.stderr, flush=True)
 
 
 CONSOLE: Final = Quiet()

@@ -1,4 +1,4 @@
-"""What the parts of ./scripts/bench share: statistics, a program on a node, a picture."""
+"""What the parts of ./scripts/bench share: statistics, a program on a node, waiting, a picture."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import math
 import os
 import select
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,7 +18,7 @@ from types import TracebackType
 from typing import IO, Any
 from xml.sax.saxutils import escape
 
-from kit.run import KitError
+from kit.run import Console, KitError
 
 # Options
 
@@ -53,6 +54,18 @@ class Ratio:
     def flat(self, name: str) -> dict[str, float]:
         """Return three figures under *name*."""
         return {name: round(self.value, 3), f"{name}_low": round(self.low, 3), f"{name}_high": round(self.high, 3)}
+
+
+def ratio_of(figures: Mapping[str, Any], name: str) -> Ratio | None:
+    """Return the ratio that was made flat under *name*, if it was."""
+    if name not in figures:
+        return None
+    return Ratio(*(figures[f"{name}{end}"] for end in ("", "_low", "_high")))
+
+
+def told(ratio: Ratio | None) -> str:
+    """Return a ratio for people."""
+    return f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "-"
 
 
 Blocks = Sequence[Sequence[float]]
@@ -163,6 +176,18 @@ class Remote:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# Waiting
+
+
+class Quiet(Console):
+    """Tells of what it waits for on standard error: standard output is for the figures alone."""
+
+    def say(self, text: str) -> None:
+        """Say it there, and in the log."""
+        print(text, file=sys.stderr, flush=True)
+        self.record(text + "\n")
 
 
 # Pictures

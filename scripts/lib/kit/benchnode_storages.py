@@ -1,4 +1,4 @@
-"""Runs on a node in the site's environment, for ``./scripts/bench storages``.
+"""Runs on a node in the site's environment, for ``./scripts/bench storages`` and ``upload``.
 
 ``benchnode_storages.py measure``   saves files and times each save, as it is told on standard input
 ``benchnode_storages.py serve N``   a media host on port N
@@ -23,7 +23,7 @@ from typing import Any
 
 DIRECTORY = "bench"  # on the mount
 SCHEMA = "tribrick_bench"  # tables of our own beside the site's
-LOCAL = Path("/var/tmp/tribrick-bench")  # noqa: S108  the local half of HybridStorage, this user's own
+LOCAL = Path("/var/tmp/tribrick-bench")  # noqa: S108  local disk, and the local half of HybridStorage; this user's own
 HOST = Path("/var/tmp/tribrick-bench-host")  # noqa: S108  what a media host stores
 IN_MEMORY = 2_621_440  # what is larger, Django keeps in a temporary file while it is uploaded
 
@@ -117,8 +117,9 @@ class Saves:
         self.ways: dict[str, Callable[[Any, str], None]] = {
             "django": save(django), "volume": save(volume), "row": with_row,
         }  # fmt: skip
+        LOCAL.mkdir(mode=0o700)
+        self.ways["local"] = save(FileSystemStorage(location=str(LOCAL)))
         if hosts:
-            LOCAL.mkdir(mode=0o700)
             self.ways["hybrid"] = save(storages["hybrid"])
 
     def prepare(self) -> None:

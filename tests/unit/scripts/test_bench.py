@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,15 @@ import pytest
 from kit import bench, bench_storages
 from kit.benchlib import Ratio, Remote, Series, median_ratio, p99_ratio, picture_of_ratios, quantile
 from kit.run import KitError
+
+# Parts
+
+
+@pytest.mark.parametrize("name", ["upload", "scale", "rollout", "options"])
+def test_a_part_says_how_long_it_takes(name: str) -> None:
+    said = re.search(r"Expected to take about (\d+) s", " ".join((bench.parts()[name].__doc__ or "").split()))
+    assert said and 30 < int(said[1]) < 360
+
 
 # Statistics
 
