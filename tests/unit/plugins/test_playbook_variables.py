@@ -24,7 +24,7 @@ WANTED = """\
     'brick': media_receiver_brick, 'writers': media_receiver_writers, 'client': media_receiver_client,
     'edge': media_web_edge, 'edge_peers': media_edge_peers, 'edge_spools': media_edge_spools,
     'standby': media_receiver_standby, 'max_age': media_web_browser_max_age,
-    'root': media_receiver_root, 'limit': media_receiver_limit_mib,
+    'root': media_receiver_root, 'state': media_receiver_state, 'limit': media_receiver_limit_mib,
     'socket': media_web_socket, 'names': media_web_names, 'alive': media_web_alive_path,
     'balanced': media_vip_nodes, 'balancer_port': media_vip_port,
     'services': django_site_services | map(attribute='name') | list} | to_json }}"""
@@ -39,7 +39,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     web = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_web"))
     edge = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_edge"))
     balancer = next(task["vars"] for task in site["pre_tasks"] if task.get("when") == "__vip | length > 0")
-    variables = {**site["vars"], **balancer, **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
+    defaults = yaml.safe_load((ROOT / "roles/media_receiver/defaults/main.yml").read_text(encoding="utf-8"))
+    state = {"media_receiver_state": defaults["media_receiver_state"]}
+    variables = {**state, **site["vars"], **balancer, **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
     secrets = {"vault_tribrick_django_secret_key": "x", "tribrick_database_url": "postgres://x"}
     tasks = [
         {
@@ -81,6 +83,12 @@ def test_a_spool_has_receivers_a_service_and_readers(found):
     assert spool["peers"] == volume["edge_spools"] == []
     assert spool["sentinel"] == volume["sentinel"] and spool["brick"] == volume["brick"]
     assert set(spool["services"]) - set(volume["services"]) == {"tribrick-drain"}
+
+
+def test_a_receiver_of_trees_knows_nothing_of_what_left_the_spool(found):
+    """What was drained has a tombstone in the spool's receiver; in the tree it is a living file."""
+    assert found[SPOOL]["state"] == "/var/lib/tribrick-spool"
+    assert found["hybrid"]["state"] == "/var/lib/tribrick-receiver"
 
 
 def test_with_a_volume_every_nodes_brick_is_a_copy_and_nobody_stores_files(found):
