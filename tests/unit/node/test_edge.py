@@ -110,6 +110,7 @@ class Node:
             folder.mkdir(parents=True)
         self.ledger = work / "ledger.sqlite"
         ledger._create(self.ledger)
+        os.utime(self.ledger)  # as a first pass of the follower does
         self.sentinel(True)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.standby: Server | None = None

@@ -89,6 +89,59 @@ def test_more_than_a_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ledger.verify(path)[0] == 8
 
 
+def test_as_old_as_before_until_nothing_is_missing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that comes back after days: a part of what it has missed does not make its ledger young."""
+
+    def age() -> float:
+        with Ledger(path) as own:
+            return own.age()
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        ages.append(age())
+        raise Killed
+
+    ages: list[float] = []
+    monkeypatch.setattr(ledger, "BATCH", 1)
+    add()
+    add()
+    with pytest.raises(Killed):
+        ledger.follow_once(path, beat=kill)
+    assert ages.pop() > 10**6 and age() > 10**6, "it never knew that nothing was missing"
+    ledger.follow_once(path)
+    assert age() < 5
+    then = time.time() - 100
+    os.utime(path, (then, then))
+    add()
+    add()
+    with pytest.raises(Killed):
+        ledger.follow_once(path, beat=kill)
+    assert ages.pop() > 99 and age() > 99
+    ledger.follow_once(path, beat=lambda: ages.append(age()))
+    assert min(ages) > 99 and age() < 5
+
+
+def test_what_comes_while_it_is_copied_does_not_count_as_looked_at(path: Path) -> None:
+    def slow() -> None:
+        looked.append(time.time())
+        time.sleep(0.3)
+
+    looked: list[float] = []
+    add()
+    ledger.follow_once(path, beat=slow)
+    assert path.stat().st_mtime <= looked[0]
+
+
+def test_a_clock_that_was_set_back_makes_no_ledger_young(path: Path) -> None:
+    ledger.follow_once(path)
+    ahead = time.time() + 3600
+    os.utime(path, (ahead, ahead))
+    with Ledger(path) as own:
+        assert own.age() > 3500
+
+
 def test_readable_while_the_database_is_away(path: Path, database_away: Away) -> None:
     row = add()
     ledger.follow_once(path)
