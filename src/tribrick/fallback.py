@@ -325,6 +325,9 @@ class Complete:
         if audit.examine(self.tree, known)[0] is None:
             self.report.right += 1
             return
+        # In the mode the tree is what visitors see: a file deleted meanwhile must not be there until the end.
+        if self._deleted(known.name):
+            return
         why = []
         for source in list(self.sources):
             try:
@@ -339,10 +342,15 @@ class Complete:
             else:
                 self._refusals.pop(source.name, None)
                 self.report.copied[source.name] = self.report.copied.get(source.name, 0) + 1
+                if self._deleted(known.name):
+                    self._unlink([known.name])
                 return
         self.report.missing[known.name] = "; ".join(why) or "no source has it"
         if self.apply and self.tree.exists(known.name):
             self.tree.quarantine(known.name)  # other bytes must not be served, not even while there are no right ones
+
+    def _deleted(self, name: str) -> bool:
+        return name not in self.catalog.still([name])
 
     def _take(self, known: Known, source: Copy) -> None:
         try:

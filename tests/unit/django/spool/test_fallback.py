@@ -186,6 +186,36 @@ def test_what_is_deleted_while_it_is_copied_does_not_stay(
     assert done.removed == [name] and files(places.tree) == {}
 
 
+@pytest.mark.parametrize("when", ["before it is looked at", "while it is copied"])
+def test_what_is_deleted_in_a_tree_that_is_served_is_not_there_until_the_end(
+    when: str, cluster: Any, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the mode the trees are what visitors see, and a run over all files takes hours or is killed."""
+    name = save()
+    put(places.mirror, name, DATA)
+    place, step = (audit, "examine") if when.startswith("before") else (copies.PathCopy, "put")
+    real, put_ones = getattr(place, step), []
+
+    def deleted_first(*arguments: Any, **options: Any) -> Any:
+        default_storage.delete(name)
+        return real(*arguments, **options)
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    def noted(_self: Any, known: Any, _source: Any) -> str:
+        put_ones.append(known.name)
+        return ""
+
+    if when.startswith("before"):
+        monkeypatch.setattr(copies.PathCopy, "put", noted)
+    monkeypatch.setattr(place, step, deleted_first)
+    monkeypatch.setattr(fallback.Catalog, "dead", lambda _self: killed())
+    with pytest.raises(KeyboardInterrupt):
+        complete(places)
+    assert files(places.tree) == {} and put_ones == []
+
+
 def test_files_unknown_to_the_catalog_come_from_the_mirror_only(places: Places) -> None:
     put(places.mirror, "derived/small.jpg", b"thumbnail")
     put(places.mirror, f"derived/.{'a' * 20}.part", b"unfinished")
