@@ -710,6 +710,21 @@ def test_spooled_files_are_read_and_missing_ones_asked_for_everywhere(spooling: 
         assert node.get(f"/media/{there}").status_code == 404
 
 
+def test_a_closed_gate_keeps_the_spools_from_serving(spooling: Node) -> None:
+    """The node has just started: what lies in its spool may have been drained and deleted meanwhile."""
+    node, other = spooling, spooling.other
+    here, there = name(), name()
+    node.put(node.spool, here, SMALL)
+    node.put(other.spool, there, SMALL)
+    (node.run / "open").unlink(missing_ok=True)
+    (other.run / "open").touch()
+    for one in (here, there):
+        answer = node.get(f"/media/{one}")
+        assert (answer.status_code, bool(answer.headers.get("Retry-After"))) == (503, True)
+    (node.run / "open").touch()
+    assert node.get(f"/media/{here}").content == node.get(f"/media/{there}").content == SMALL
+
+
 # Purging.
 
 
