@@ -41,8 +41,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     edge = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_edge"))
     balancer = next(task["vars"] for task in site["pre_tasks"] if task.get("when") == "__vip | length > 0")
     defaults = yaml.safe_load((ROOT / "roles/media_receiver/defaults/main.yml").read_text(encoding="utf-8"))
-    own = {name: defaults[f"media_receiver_{name}"] for name in ("state", "prefix")}
-    variables = {**{f"media_receiver_{name}": value for name, value in own.items()}, **site["vars"], **balancer, **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
+    own = {name: defaults[name] for name in ("media_receiver_state", "media_receiver_prefix")}
+    variables = {**own, **site["vars"], **balancer, **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
     secrets = {"vault_tribrick_django_secret_key": "x", "tribrick_database_url": "postgres://x"}
     tasks = [
         {

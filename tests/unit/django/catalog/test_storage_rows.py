@@ -279,9 +279,12 @@ def test_together_keeps_what_was_committed_when_a_hook_fails(agree: Agree, user:
     def hook() -> None:
         type(user).objects.create_user(user.username)
 
-    with pytest.raises(IntegrityError), catalog.together():
+    def store() -> None:
         save()
         transaction.on_commit(hook)
+
+    with pytest.raises(IntegrityError), catalog.together():
+        store()
     assert MediaFile.objects.count() == 1
     agree()
 
