@@ -37,6 +37,7 @@ from tribrick.errors import StorageUnavailable
 from tribrick.ledger import Known
 from tribrick.models import Change, Kind, MediaFile, State
 from tribrick.storage.base_remote import RemoteStorage
+from tribrick.storage.catalogued import in_storages
 from tribrick.storage.opened import Reader
 from tribrick.storage.spool import spool
 from tribrick.storage.volume import VolumeStorage
@@ -68,7 +69,7 @@ def last_change() -> int:
 
 
 class Catalog:
-    """The files of one storage: all of them, or those that were changed after a number."""
+    """The files of one directory, whichever storages have it: all of them, or those that were changed after a number."""
 
     def __init__(self, alias: str, after: int = 0) -> None:
         self.alias, self.after = alias, after
@@ -76,7 +77,8 @@ class Catalog:
 
     def living(self) -> Any:
         """Return the rows of living files."""
-        rows = MediaFile.objects.using(catalog.database()).filter(storage=self.alias, state=State.STORED)
+        same = [alias for alias, _storage in in_storages() if alias not in self.source.elsewhere]
+        rows = MediaFile.objects.using(catalog.database()).filter(storage__in=same, state=State.STORED)
         return rows.filter(name__in=self._changed(Kind.ADDED)) if self.after else rows
 
     def _changed(self, kind: Kind) -> Any:

@@ -157,6 +157,21 @@ def test_a_name_found_nowhere_is_named(cluster: Any, places: Places) -> None:
     assert list(done.missing) == [lost] and files(places.tree) == {there: b"other"}
 
 
+def test_files_of_a_storage_with_the_same_directory_come_along_and_go_back(
+    cluster: Any, places: Places, without_gluster: Callable[..., Any]
+) -> None:
+    """They have another address, but a name means the same file."""
+    default = settings.STORAGES["default"]
+    options = {**default.get("OPTIONS", {}), "base_url": "/other/"}
+    with override_settings(STORAGES={**settings.STORAGES, "other": {**default, "OPTIONS": options}}):
+        name = catalog.add(ContentFile(DATA), "photos/a.jpg", storage="other").name
+        done = complete(places)
+        assert done.copied == {"mount": 1} and files(places.tree) == {name: DATA}
+        (cluster.volume / name).unlink()
+        put(cluster.spools["node1"].root, name, DATA)
+        assert merge(cluster).written == [name] and cluster.on_volume() == {name: DATA}
+
+
 def test_deleted_names_leave_the_tree_and_never_come(cluster: Any, places: Places) -> None:
     name, expired = save(), save(b"other")
     for place in places:
