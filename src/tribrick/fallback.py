@@ -69,7 +69,7 @@ def last_change() -> int:
 
 
 class Catalog:
-    """The files of one directory, whichever storages have it: all of them, or those that were changed after a number."""
+    """The files of a directory, whichever storages have it: all of them, or those that were changed after a number."""
 
     def __init__(self, alias: str, after: int = 0) -> None:
         self.alias, self.after = alias, after
