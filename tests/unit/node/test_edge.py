@@ -725,6 +725,29 @@ def test_a_closed_gate_keeps_the_spools_from_serving(spooling: Node) -> None:
     assert node.get(f"/media/{here}").content == node.get(f"/media/{there}").content == SMALL
 
 
+def test_what_has_left_one_spool_is_looked_for_in_the_others(spooling: Node) -> None:
+    """A receiver has a tombstone of what was drained, and answers 410, although the file is alive."""
+    node, other = spooling, spooling.other
+    for each in (node, other):
+        (each.run / "open").touch()
+    there, nowhere, unknown = (name(top="photos/drained") for _ in range(3))
+    for one in (there, nowhere):
+        node.note("added", one, SMALL)
+    node.put(other.spool, there, SMALL)
+    with node.without("nginx"):
+        text = (node.work / "nginx.conf").read_text()
+        gone = "location /files/ {\n        if ($uri ~ /drained/) { return 410; }"
+        (node.work / "nginx.conf").write_text(text.replace("location /files/ {", gone))
+    try:
+        for _ in range(4):  # one after the other is asked first
+            assert node.get(f"/media/{there}").content == SMALL
+            assert node.get(f"/media/{nowhere}").status_code == 503, "the ledger knows it alive"
+            assert node.get(f"/media/{unknown}").status_code == 404
+    finally:
+        with node.without("nginx"):
+            node.write(node.edge)
+
+
 # Purging.
 
 
