@@ -316,8 +316,11 @@ def follow_once(path: str | os.PathLike[str], *, node: str = "", beat: Callable[
 
 
 def _copy(path: Path, node: str, beat: Callable[[], None]) -> int:
+    cut_off = path.with_name(f"{path.name}-journal").exists()
     database = _writable(path)
     try:
+        if cut_off:  # a follower was killed in a batch, and SQLite has rolled that back: the time is not that of a pass
+            os.utime(path, (0, 0))
         number, chain = _last(database)
         if number:
             _check_tail(database, number, path)
