@@ -37,6 +37,7 @@ from tribrick.errors import StorageUnavailable
 from tribrick.ledger import Known
 from tribrick.models import Change, Kind, MediaFile, State
 from tribrick.storage.base_remote import RemoteStorage
+from tribrick.storage.catalogued import in_storages
 from tribrick.storage.opened import Reader
 from tribrick.storage.spool import spool
 from tribrick.storage.volume import VolumeStorage
@@ -68,7 +69,7 @@ def last_change() -> int:
 
 
 class Catalog:
-    """The files of one storage: all of them, or those that were changed after a number."""
+    """The files of a directory, whichever storages have it: all of them, or those that were changed after a number."""
 
     def __init__(self, alias: str, after: int = 0) -> None:
         self.alias, self.after = alias, after
@@ -76,7 +77,8 @@ class Catalog:
 
     def living(self) -> Any:
         """Return the rows of living files."""
-        rows = MediaFile.objects.using(catalog.database()).filter(storage=self.alias, state=State.STORED)
+        same = [alias for alias, _storage in in_storages() if alias not in self.source.elsewhere]
+        rows = MediaFile.objects.using(catalog.database()).filter(storage__in=same, state=State.STORED)
         return rows.filter(name__in=self._changed(Kind.ADDED)) if self.after else rows
 
     def _changed(self, kind: Kind) -> Any:
@@ -325,6 +327,9 @@ class Complete:
         if audit.examine(self.tree, known)[0] is None:
             self.report.right += 1
             return
+        # In the mode the tree is what visitors see: a file deleted meanwhile must not be there until the end.
+        if self._deleted(known.name):
+            return
         why = []
         for source in list(self.sources):
             try:
@@ -339,10 +344,15 @@ class Complete:
             else:
                 self._refusals.pop(source.name, None)
                 self.report.copied[source.name] = self.report.copied.get(source.name, 0) + 1
+                if self._deleted(known.name):
+                    self._unlink([known.name])
                 return
         self.report.missing[known.name] = "; ".join(why) or "no source has it"
         if self.apply and self.tree.exists(known.name):
             self.tree.quarantine(known.name)  # other bytes must not be served, not even while there are no right ones
+
+    def _deleted(self, name: str) -> bool:
+        return name not in self.catalog.still([name])
 
     def _take(self, known: Known, source: Copy) -> None:
         try:

@@ -7,7 +7,7 @@ The file uses a rollback journal, because a reader that may not write to the dir
 at any time, which a write-ahead log does not allow. A batch of changes is one transaction, so a
 killed follower leaves whole batches, and goes on where it was. Each row holds the SHA-256 of itself
 and of the row before (*chain*), so one value stands for the whole history: two ledgers whose last
-number and chain are equal are equal. The file's modification time is that of the last pass.
+number and chain are equal are equal. The file's modification time is that at which the last whole pass began.
 """
 
 from __future__ import annotations
@@ -159,8 +159,11 @@ class Ledger:
             yield Entry(*row)
 
     def age(self) -> float:
-        """Return the seconds since the follower last knew that nothing was missing."""
-        return max(0.0, time.time() - self.path.stat().st_mtime)
+        """Return the seconds since the follower last knew that nothing was missing.
+
+        A time that is still to come is that of a clock that was set back meanwhile: the ledger may be any age.
+        """
+        return abs(time.time() - self.path.stat().st_mtime)
 
     def check(self) -> None:
         """Read everything; raise ``LedgerDamaged`` unless each row is as it was written."""
@@ -281,6 +284,7 @@ def _create(path: Path) -> None:
     finally:
         database.close()
     new.chmod(0o644)
+    os.utime(new, (0, 0))  # nobody has looked yet
     with contextlib.suppress(FileExistsError):
         os.link(new, path)
     new.unlink()
@@ -312,12 +316,16 @@ def follow_once(path: str | os.PathLike[str], *, node: str = "", beat: Callable[
 
 
 def _copy(path: Path, node: str, beat: Callable[[], None]) -> int:
+    cut_off = path.with_name(f"{path.name}-journal").exists()
     database = _writable(path)
     try:
+        if cut_off:  # a follower was killed in a batch, and SQLite has rolled that back: the time is not that of a pass
+            os.utime(path, (0, 0))
         number, chain = _last(database)
         if number:
             _check_tail(database, number, path)
         copied = 0
+        before, looked = path.stat().st_mtime_ns, time.time_ns()
         entries = _entries(number)
         while batch := list(itertools.islice(entries, BATCH)):
             database.execute("BEGIN IMMEDIATE")
@@ -332,10 +340,11 @@ def _copy(path: Path, node: str, beat: Callable[[], None]) -> int:
                 if database.in_transaction:
                     database.execute("ROLLBACK")
                 raise
+            os.utime(path, ns=(before, before))  # SQLite has touched it, but more may be missing
             number = batch[-1].number
             copied += len(batch)
             beat()
-        os.utime(path)
+        os.utime(path, ns=(looked, looked))
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):  # locked, full, not writable: not damage
             raise

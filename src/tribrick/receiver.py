@@ -589,13 +589,14 @@ class Receiver:
         with contextlib.ExitStack() as stack:
             try:
                 directory = self._directories(stack, name, create=False)[-1]
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 if self._is_changed(directory, name):
                     log.warning("%s is deleted, but was changed here directly: it is left to the reconciliation", name)
                     return
                 os.unlink(name.rpartition("/")[2], dir_fd=directory)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                return
-            os.fsync(directory)
+            os.fsync(directory)  # also where it was gone: who unlinked it may not have come to this
 
     def _is_changed(self, directory: int, name: str) -> bool:
         """Whether the file has other bytes than the deleted one, on a site that reconciles direct changes.

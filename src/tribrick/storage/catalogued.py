@@ -69,14 +69,16 @@ class Commit:
         from tribrick.catalog import database
 
         inside = connections[database()].in_atomic_block
-        committing = False
+        committing, committed = False, list[bool]()
         try:
             with transaction.atomic(using=database()):
+                if not inside:  # the first hook, so that those of the site cannot keep it from being called
+                    transaction.on_commit(lambda: committed.append(True), using=database())
                 yield
                 committing = not inside
         except BaseException as error:
-            # What the database refuses at COMMIT was certainly not committed.
-            self.unknown = committing and not isinstance(error, (IntegrityError, DataError))
+            # What the database refuses at COMMIT was certainly not committed; what fails in a hook after it was.
+            self.unknown = bool(committed) or (committing and not isinstance(error, (IntegrityError, DataError)))
             raise
 
 

@@ -81,11 +81,7 @@ class HybridStorage(RemoteStorage, VolumeStorage):
         """Make the name durable: on a local disk that is a matter of its directories."""
         directory = os.path.dirname(name)
         while True:
-            descriptor = os.open(self.path(directory) if directory else self.location, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(self.path(directory) if directory else self.location)
             if not directory:
                 return
             directory = os.path.dirname(directory)
@@ -105,6 +101,9 @@ class HybridStorage(RemoteStorage, VolumeStorage):
     def _delete_bytes(self, name: str, *, catalogued: bool) -> None:
         if not (catalogued and self._is_changed(name)):
             self._unlink(name)
+            # Also where it was gone: who unlinked it may have been killed. No list of deleted names hides it here.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                _sync(os.path.dirname(self.path(name)))
         super()._delete_bytes(name, catalogued=catalogued)
 
     def _is_changed(self, name: str) -> bool:
@@ -184,6 +183,14 @@ class HybridStorage(RemoteStorage, VolumeStorage):
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _sync(directory: str | os.PathLike[str]) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(opener: Callable[[], Any]) -> str:

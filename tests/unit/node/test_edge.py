@@ -110,6 +110,7 @@ class Node:
             folder.mkdir(parents=True)
         self.ledger = work / "ledger.sqlite"
         ledger._create(self.ledger)
+        os.utime(self.ledger)  # as a first pass of the follower does
         self.sentinel(True)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.standby: Server | None = None
@@ -698,10 +699,53 @@ def test_spooled_files_are_read_and_missing_ones_asked_for_everywhere(spooling: 
         missing = node.get(f"/media/{name()}")
         assert missing.status_code == 503 and missing.headers["Retry-After"]
         assert node.get(f"/media/{here}").content == SMALL
-    # The ledger's word is the last, whatever is left in a spool.
-    node.note("added", there, SMALL)
-    node.note("deleted", there)
     wait_for(lambda: node.get(f"/media/{name()}").status_code == 404, "the other node is asked again")
+    # The ledger's word is the last, whatever is left in a spool: that node may not have heard of the delete yet.
+    for one in (there, private):
+        node.note("added", one, SMALL)
+        node.note("deleted", one)
+    assert node.get(f"/media/{there}").status_code == 404
+    assert node.get(f"/{private}", Cookie="signed").status_code == 404
+    with other.without("nginx"):
+        assert node.get(f"/media/{there}").status_code == 404
+
+
+def test_a_closed_gate_keeps_the_spools_from_serving(spooling: Node) -> None:
+    """The node has just started: what lies in its spool may have been drained and deleted meanwhile."""
+    node, other = spooling, spooling.other
+    here, there = name(), name()
+    node.put(node.spool, here, SMALL)
+    node.put(other.spool, there, SMALL)
+    (node.run / "open").unlink(missing_ok=True)
+    (other.run / "open").touch()
+    for one in (here, there):
+        answer = node.get(f"/media/{one}")
+        assert (answer.status_code, bool(answer.headers.get("Retry-After"))) == (503, True)
+    (node.run / "open").touch()
+    assert node.get(f"/media/{here}").content == node.get(f"/media/{there}").content == SMALL
+
+
+def test_what_has_left_one_spool_is_looked_for_in_the_others(spooling: Node) -> None:
+    """A receiver has a tombstone of what was drained, and answers 410, although the file is alive."""
+    node, other = spooling, spooling.other
+    for each in (node, other):
+        (each.run / "open").touch()
+    there, nowhere, unknown = (name(top="photos/drained") for _ in range(3))
+    for one in (there, nowhere):
+        node.note("added", one, SMALL)
+    node.put(other.spool, there, SMALL)
+    with node.without("nginx"):
+        text = (node.work / "nginx.conf").read_text()
+        gone = "location /files/ {\n        if ($uri ~ /drained/) { return 410; }"
+        (node.work / "nginx.conf").write_text(text.replace("location /files/ {", gone))
+    try:
+        for _ in range(4):  # one after the other is asked first
+            assert node.get(f"/media/{there}").content == SMALL
+            assert node.get(f"/media/{nowhere}").status_code == 503, "the ledger knows it alive"
+            assert node.get(f"/media/{unknown}").status_code == 404
+    finally:
+        with node.without("nginx"):
+            node.write(node.edge)
 
 
 # Purging.

@@ -427,3 +427,13 @@ def test_nginx_takes_each_kind_of_configuration(nodes, tmp_path, server):
     assert done.returncode == 0, done.stderr
     assert ("/hashes/walk" in peers) == (server == "none")
     assert ("location /files/" in peers) == (server != "none")
+
+
+def test_a_receiver_answers_under_its_own_path_alone(nodes):
+    """Who takes a tree for a spool, or a spool for a tree, is not told that files are not there."""
+    given = {"media_receiver_node": "node1", "media_receiver_address": "127.0.0.1", "__media_receiver_tls": "/tls"}
+    given["media_receiver_server"] = "tribrick"
+    for own, other in (("/files/", "/spool/"), ("/spool/", "/files/")):
+        text = nodes["node1"].render("media_receiver", "site.conf.j2", **given, media_receiver_prefix=own)
+        assert f"location {own} {{\n        if ($tribrick_peer_refused)" in text
+        assert f"location {other} {{ return 503; }}" in text

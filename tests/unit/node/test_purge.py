@@ -34,6 +34,7 @@ class Node:
         for folder in (self.state, self.run, self.cache.root):
             folder.mkdir()
         ledger._create(self.ledger)
+        os.utime(self.ledger)  # as a first pass of the follower does
 
     @property
     def gate(self) -> bool:

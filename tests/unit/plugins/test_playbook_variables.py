@@ -24,7 +24,8 @@ WANTED = """\
     'brick': media_receiver_brick, 'writers': media_receiver_writers, 'client': media_receiver_client,
     'edge': media_web_edge, 'edge_peers': media_edge_peers, 'edge_spools': media_edge_spools,
     'standby': media_receiver_standby, 'max_age': media_web_browser_max_age,
-    'root': media_receiver_root, 'limit': media_receiver_limit_mib,
+    'root': media_receiver_root, 'state': media_receiver_state, 'prefix': media_receiver_prefix,
+    'edge_prefix': media_edge_spools_prefix, 'limit': media_receiver_limit_mib,
     'socket': media_web_socket, 'names': media_web_names, 'alive': media_web_alive_path,
     'balanced': media_vip_nodes, 'balancer_port': media_vip_port,
     'services': django_site_services | map(attribute='name') | list} | to_json }}"""
@@ -39,7 +40,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     web = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_web"))
     edge = next(role["vars"] for role in site["roles"] if role["role"].endswith(".media_edge"))
     balancer = next(task["vars"] for task in site["pre_tasks"] if task.get("when") == "__vip | length > 0")
-    variables = {**site["vars"], **balancer, **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
+    defaults = yaml.safe_load((ROOT / "roles/media_receiver/defaults/main.yml").read_text(encoding="utf-8"))
+    own = {name: defaults[name] for name in ("media_receiver_state", "media_receiver_prefix")}
+    variables = {**own, **site["vars"], **balancer, **web, **edge, **receiver["vars"], **receiver["roles"][0]["vars"]}
     secrets = {"vault_tribrick_django_secret_key": "x", "tribrick_database_url": "postgres://x"}
     tasks = [
         {
@@ -75,12 +78,27 @@ def test_a_spool_has_receivers_a_service_and_readers(found):
         "TRIBRICK_SPOOL": "/srv/media-spool", "TRIBRICK_SPOOL_PEERS": "node2:7443,node3:7443",
         "TRIBRICK_SPOOL_COPIES": "2", "TRIBRICK_SPOOL_LIMIT": str(4096 << 20),
     }  # fmt: skip
-    assert {**volume["environment"], **more} == spool["environment"]
+    transport = {"TRIBRICK_TRANSPORT": spool["environment"]["TRIBRICK_TRANSPORT"]}
+    assert {**volume["environment"], **more, **transport} == spool["environment"]
     assert (spool["server"], spool["root"], spool["limit"]) == ("tribrick", "/srv/media-spool", 4096)
     assert [peer["name"] for peer in spool["edge_spools"]] == ["node1", "node2", "node3"]
     assert spool["peers"] == volume["edge_spools"] == []
     assert spool["sentinel"] == volume["sentinel"] and spool["brick"] == volume["brick"]
     assert set(spool["services"]) - set(volume["services"]) == {"tribrick-drain"}
+
+
+def test_a_receiver_of_trees_knows_nothing_of_what_left_the_spool(found):
+    """What was drained has a tombstone in the spool's receiver; in the tree it is a living file."""
+    assert found[SPOOL]["state"] == "/var/lib/tribrick-spool"
+    assert found["hybrid"]["state"] == "/var/lib/tribrick-receiver"
+
+
+def test_who_works_with_the_spools_never_reaches_a_tree(found):
+    """A node that has missed the switch to Gluster-free mode goes on draining: it must not delete in the trees."""
+    spool, tree = (json.loads(found[one]["environment"]["TRIBRICK_TRANSPORT"])["base_url"] for one in (SPOOL, "hybrid"))
+    assert (spool, tree) == ("https:///spool/", "https:///files/")
+    assert found[SPOOL]["prefix"] == found[SPOOL]["edge_prefix"] == "/spool/"
+    assert found["hybrid"]["prefix"] == "/files/"
 
 
 def test_with_a_volume_every_nodes_brick_is_a_copy_and_nobody_stores_files(found):

@@ -89,6 +89,88 @@ def test_more_than_a_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ledger.verify(path)[0] == 8
 
 
+def test_as_old_as_before_until_nothing_is_missing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that comes back after days: a part of what it has missed does not make its ledger young."""
+
+    def age() -> float:
+        with Ledger(path) as own:
+            return own.age()
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        ages.append(age())
+        raise Killed
+
+    ages: list[float] = []
+    monkeypatch.setattr(ledger, "BATCH", 1)
+    add()
+    add()
+    with pytest.raises(Killed):
+        ledger.follow_once(path, beat=kill)
+    assert ages.pop() > 10**6 and age() > 10**6, "it never knew that nothing was missing"
+    ledger.follow_once(path)
+    assert age() < 5
+    then = time.time() - 100
+    os.utime(path, (then, then))
+    add()
+    add()
+    with pytest.raises(Killed):
+        ledger.follow_once(path, beat=kill)
+    assert ages.pop() > 99 and age() > 99
+    ledger.follow_once(path, beat=lambda: ages.append(age()))
+    assert min(ages) > 99 and age() < 5
+
+
+def test_a_batch_that_was_cut_off_makes_no_ledger_young(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed within a COMMIT: what SQLite then rolls back touches the file as well."""
+    add()
+    ledger.follow_once(path)
+    journal = path.with_name(f"{path.name}-journal")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA cache_size = 5")
+        database.execute("BEGIN IMMEDIATE")
+        values = ("added", "x", "", 0, "", "x" * 2000, "")
+        for number in range(100, 200):
+            database.execute("INSERT INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (number, *values))
+        cut_off = path.read_bytes(), journal.read_bytes()
+        database.execute("ROLLBACK")
+    path.write_bytes(cut_off[0])
+    journal.write_bytes(cut_off[1])
+    ages: list[float] = []
+
+    def beat() -> None:
+        with Ledger(path) as own:
+            ages.append(own.age())
+
+    monkeypatch.setattr(ledger, "BATCH", 1)
+    add()
+    add()
+    assert ledger.follow_once(path, beat=beat) == 2 and not journal.exists()
+    assert min(ages) > 10**6
+    assert ledger.verify(path)[0] == 3
+
+
+def test_what_comes_while_it_is_copied_does_not_count_as_looked_at(path: Path) -> None:
+    def slow() -> None:
+        looked.append(time.time())
+        time.sleep(0.3)
+
+    looked: list[float] = []
+    add()
+    ledger.follow_once(path, beat=slow)
+    assert path.stat().st_mtime <= looked[0]
+
+
+def test_a_clock_that_was_set_back_makes_no_ledger_young(path: Path) -> None:
+    ledger.follow_once(path)
+    ahead = time.time() + 3600
+    os.utime(path, (ahead, ahead))
+    with Ledger(path) as own:
+        assert own.age() > 3500
+
+
 def test_readable_while_the_database_is_away(path: Path, database_away: Away) -> None:
     row = add()
     ledger.follow_once(path)

@@ -15,7 +15,7 @@ from django.conf import settings
 from django.core.files.base import ContentFile
 from django.core.files.storage import default_storage, storages
 from django.core.files.uploadedfile import SimpleUploadedFile
-from django.db import DataError, OperationalError, connection, models, transaction
+from django.db import DataError, IntegrityError, OperationalError, connection, models, transaction
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext, isolate_apps
 
@@ -271,6 +271,22 @@ def test_together_keeps_what_may_be_committed(monkeypatch: pytest.MonkeyPatch, a
     connection.close()
     agree()
     assert MediaFile.objects.count() == 1
+
+
+def test_together_keeps_what_was_committed_when_a_hook_fails(agree: Agree, user: Any) -> None:
+    """The site's own work after the COMMIT is refused by the database, which is not about the COMMIT."""
+
+    def hook() -> None:
+        type(user).objects.create_user(user.username)
+
+    def store() -> None:
+        save()
+        transaction.on_commit(hook)
+
+    with pytest.raises(IntegrityError), catalog.together():
+        store()
+    assert MediaFile.objects.count() == 1
+    agree()
 
 
 # Deleting

@@ -509,6 +509,20 @@ def test_nothing_is_acknowledged_before_it_is_durable(
     assert done("DELETE", "a/b/y") == ["tombstone a/b/y", "unlink y", "fsync a/b"]
 
 
+def test_a_start_knows_no_file_gone_before_that_is_durable(
+    direct: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who began the DELETE was killed between unlink and fsync: after a power cut the file would be back for good."""
+    ask = direct()
+    assert ask("PUT", "a/b/x", ONE)[0] == 201
+    ask.receiver.tombstones.add("a/b/x")
+    (tmp_path / "root/a/b/x").unlink()
+    recording = Recording(tmp_path / "root")
+    monkeypatch.setattr(module, "os", recording)
+    again = direct()
+    assert "fsync a/b" in recording.done and again.receiver.tombstones.unswept() == []
+
+
 def test_tombstones_are_durable_at_the_commit(direct: Any) -> None:
     database = direct().receiver.tombstones._database()
     assert database.execute("PRAGMA journal_mode").fetchone()[0] == "wal"

@@ -380,6 +380,41 @@ def test_the_names_of_local_copies_are_made_durable(
     assert synced == wanted[: wanted.index(str(tmp_path))]
 
 
+def test_a_delete_of_a_local_copy_is_durable_before_it_counts(
+    site: Any, servers: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody looks for it again: after a power cut it would be served once more."""
+    steps: list[str] = []
+    fsync, unlink = os.fsync, os.unlink
+    storage = site("hybrid", servers(1))
+    name = storage.save("photos/a.txt", ContentFile(b"x"))
+    directory = (tmp_path / "local" / name).parent
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(directory):
+            steps.append("fsync")
+
+    def unlinked(path: Any, **options: Any) -> None:
+        unlink(path, **options)
+        steps.append("unlink")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "unlink", unlinked)
+    change = catalog._change
+
+    def changed(file: MediaFile, kind: Any, *rest: Any, **options: Any) -> None:
+        change(file, kind, *rest, **options)
+        steps.append(str(kind.value))
+
+    monkeypatch.setattr(catalog, "_change", changed)
+    catalog.delete(name)
+    assert steps == ["deleted", "unlink", "fsync", "purged"]
+    steps.clear()
+    storage.delete(name)  # gone from the directory already, perhaps by who was killed before the fsync
+    assert steps == ["fsync"]
+
+
 # Without the app, or without a name in STORAGES, there is no outbox.
 
 

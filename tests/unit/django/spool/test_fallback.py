@@ -157,6 +157,21 @@ def test_a_name_found_nowhere_is_named(cluster: Any, places: Places) -> None:
     assert list(done.missing) == [lost] and files(places.tree) == {there: b"other"}
 
 
+def test_files_of_a_storage_with_the_same_directory_come_along_and_go_back(
+    cluster: Any, places: Places, without_gluster: Callable[..., Any]
+) -> None:
+    """They have another address, but a name means the same file."""
+    default = settings.STORAGES["default"]
+    options = {**default.get("OPTIONS", {}), "base_url": "/other/"}
+    with override_settings(STORAGES={**settings.STORAGES, "other": {**default, "OPTIONS": options}}):
+        name = catalog.add(ContentFile(DATA), "photos/a.jpg", storage="other").name
+        done = complete(places)
+        assert done.copied == {"mount": 1} and files(places.tree) == {name: DATA}
+        (cluster.volume / name).unlink()
+        put(cluster.spools["node1"].root, name, DATA)
+        assert merge(cluster).written == [name] and cluster.on_volume() == {name: DATA}
+
+
 def test_deleted_names_leave_the_tree_and_never_come(cluster: Any, places: Places) -> None:
     name, expired = save(), save(b"other")
     for place in places:
@@ -184,6 +199,36 @@ def test_what_is_deleted_while_it_is_copied_does_not_stay(
     monkeypatch.setattr(copies.PathCopy, "put", put_late)
     done = complete(places)
     assert done.removed == [name] and files(places.tree) == {}
+
+
+@pytest.mark.parametrize("when", ["before it is looked at", "while it is copied"])
+def test_what_is_deleted_in_a_tree_that_is_served_is_not_there_until_the_end(
+    when: str, cluster: Any, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the mode the trees are what visitors see, and a run over all files takes hours or is killed."""
+    name = save()
+    put(places.mirror, name, DATA)
+    place, step = (audit, "examine") if when.startswith("before") else (copies.PathCopy, "put")
+    real, put_ones = getattr(place, step), []
+
+    def deleted_first(*arguments: Any, **options: Any) -> Any:
+        default_storage.delete(name)
+        return real(*arguments, **options)
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    def noted(_self: Any, known: Any, _source: Any) -> str:
+        put_ones.append(known.name)
+        return ""
+
+    if when.startswith("before"):
+        monkeypatch.setattr(copies.PathCopy, "put", noted)
+    monkeypatch.setattr(place, step, deleted_first)
+    monkeypatch.setattr(fallback.Catalog, "dead", lambda _self: killed())
+    with pytest.raises(KeyboardInterrupt):
+        complete(places)
+    assert files(places.tree) == {} and put_ones == []
 
 
 def test_files_unknown_to_the_catalog_come_from_the_mirror_only(places: Places) -> None:

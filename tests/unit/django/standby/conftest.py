@@ -69,6 +69,7 @@ class Node:
         (self.brick / ".glusterfs").mkdir()
         self.ledger = work / "ledger.sqlite"
         ledger._create(self.ledger)
+        os.utime(self.ledger)  # as a first pass of the follower does
         self.socket = work / "brick.sock"
 
     def serve_brick(self) -> Opener:
