@@ -30,7 +30,8 @@ begins at the first change that is not done.
 
 nginx keeps an answer in a file whose name is the MD5 of its key; a file that is gone is a miss. The key
 is the path, decoded, and the piece: ``/media/photos/cat.jpgbytes=0-1048575``. What nginx is just filling
-lies beside it under the same name and a number.
+lies beside it under the same name and a number. It looks whether a file that it has open is still there once a
+second, so the cache is opened only when what was removed last is gone for longer than that.
 
 nginx serves from the cache only while the file ``open`` is there. It is made when all changes of a ledger
 that is up to date are purged. A node that was away is thereby kept from serving what was deleted meanwhile.
@@ -197,11 +198,12 @@ class Told(Cache):
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds; see the module."""
+    """Seconds; see the module. *held*: that nginx goes on with a file that was removed (``open_file_cache_valid``)."""
 
     fill: float = 60.0
     fresh: float = 10.0
     grace: float = 15.0
+    held: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,7 @@ class Purger:
         self._seen: Place | None = None  # purged once
         self._done = self._read_place()
         self._removed = 0
+        self._dropped = float("-inf")
         self._trouble = ""
 
     def look(self) -> None:
@@ -328,6 +331,8 @@ class Purger:
             for directory in self.directories:
                 self._removed += self.cache.drop(f"{PREFIX}{directory}{name}", size)
         self.cache.sent()
+        if names:
+            self._dropped = time.monotonic()
 
     # How far it is.
 
@@ -387,7 +392,7 @@ class Purger:
         )
 
     def _open(self) -> None:
-        if not self.gate.exists():
+        if not self.gate.exists() and time.monotonic() - self._dropped >= self.times.held:
             self.gate.touch()
             log.warning("the cache is open")
 

@@ -45,7 +45,7 @@ class Node:
         return dict(json.loads((self.run / "status.json").read_text()))
 
     def purger(self, directories: tuple[str, ...] = ("",), **times: float) -> Purger:
-        return Purger(self.ledger, self.cache, self.state, self.run, list(directories), Times(**times))
+        return Purger(self.ledger, self.cache, self.state, self.run, list(directories), Times(**{"held": 0.0, **times}))
 
     def running(self, **times: float) -> Purger:
         """One that was started a second ago, so that the ledger was followed since."""
@@ -259,6 +259,24 @@ def test_what_was_deleted_while_the_node_was_away_goes_before_the_cache_opens(no
     assert node.gate and not there(mine)
 
 
+def test_the_cache_opens_once_nginx_has_let_go_of_what_was_removed(node: Node) -> None:
+    """nginx keeps a file open for a second after its name is gone."""
+    node.note("added")
+    mine = node.fill()
+    node.note("deleted")
+    made = node.running(held=0.4)
+    made.look()
+    removed = time.monotonic()
+    assert not there(mine) and not node.gate
+
+    def opened() -> bool:
+        made.look()
+        return node.gate
+
+    wait_for(opened, "nginx to have let go", 10)
+    assert time.monotonic() - removed >= 0.3
+
+
 def test_a_restart_keeps_the_cache_open_and_a_cache_that_cannot_be_emptied_closes_it(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +335,9 @@ def test_purge_by_hand_and_status(
 
 
 def teller(node: Node, command: str, **times: float) -> Purger:
-    return Purger(node.ledger, Told(command), node.state, node.run, [""], Times(**times), only_new=True)
+    return Purger(
+        node.ledger, Told(command), node.state, node.run, [""], Times(**{"held": 0.0, **times}), only_new=True
+    )
 
 
 def test_a_command_hears_of_what_is_deleted_from_now_on(node: Node, tmp_path: Path) -> None:
