@@ -103,7 +103,8 @@ def test_two_bricks_die_and_a_node_with_spooled_files_loses_its_power(run, rig, 
     rig.wait_ready(60)
     drained(rig)
     served(run, rig, files, NODES)
-    assert [status(rig, node, gone) for node in NODES] == [404] * 3
+    # After its boot the node asks no spool until its ledger is up to date.
+    wait_until("the deleted file to be gone", lambda: [status(rig, node, gone) for node in NODES] == [404] * 3, 30)
     if CLEAN:
         run.nemesis.recover(cut)
 
