@@ -117,20 +117,21 @@ def goes_on(
         )  # fmt: skip
 
 
+def in_ledger(rig: Rig, node: str, name: str) -> str:
+    """Return what a node's ledger knows of a name: stored, deleted, purged, or nothing yet."""
+    ask = (
+        "import sqlite3, sys; ledger = sqlite3.connect('file:/var/lib/tribrick/ledger.sqlite?mode=ro', uri=True);"
+        "print(*ledger.execute('SELECT state FROM files WHERE name = ?', sys.argv[1:]).fetchone() or [])"
+    )
+    return rig.root(node, shlex.join(["python3", "-c", ask, name])).strip()
+
+
 def older(rig: Rig) -> dict[str, Any]:
     """Upload a file and wait until every node's ledger has it, so that each can serve it without the volume."""
     row = rig.upload(chance("older").choice(NODES))
 
-    ask = (
-        "import sqlite3, sys; ledger = sqlite3.connect('file:/var/lib/tribrick/ledger.sqlite?mode=ro', uri=True);"
-        "print(ledger.execute('SELECT count(*) FROM files WHERE name = ?', sys.argv[1:]).fetchone()[0])"
-    )
-
-    def followed(node: str) -> bool:
-        return rig.root(node, shlex.join(["python3", "-c", ask, row["name"]])).strip() == "1"
-
     for node in NODES:
-        wait_until(f"the ledger of {node} to follow", lambda node=node: followed(node), 30)
+        wait_until(f"the ledger of {node} to follow", lambda node=node: in_ledger(rig, node, row["name"]), 30)
     return row
 
 

@@ -12,7 +12,7 @@ import pytest
 from faults import observer
 from faults.checker import wanted_hash
 from helpers import LONG, NODES, chance, wait_until
-from judged import CLEAN, acknowledged, goes_on, hold, joined, nodes, others, verdict
+from judged import CLEAN, acknowledged, goes_on, hold, in_ledger, joined, nodes, others, verdict
 from mending import delete, keep, served
 
 DRAINED = 90.0  # seconds from the volume's return until nothing is left in the spools
@@ -190,9 +190,9 @@ def test_two_nodes_are_down(run, rig, alone):
     files = {keep(run, rig, label, size, alone): (label, size) for label, size in sizes.items()}
     gone = keep(run, rig, f"older-gone-{alone}", 6000, alone)
     delete(run, rig, gone, alone)
-    wait_until(
-        f"the ledger of {alone} to know them", lambda: ", 0 behind" in rig.root(alone, "tribrick ledger verify"), 30
-    )
+    for name, wanted in {**dict.fromkeys(files, "stored"), gone: "purged"}.items():
+        what = f"the ledger of {alone} to know that {name} is {wanted}"
+        wait_until(what, lambda name=name, wanted=wanted: in_ledger(rig, alone, name) == wanted, 30)
     with run.nemesis.under("two-killed", list(others(alone)), clean=CLEAN):
         wait_until(f"{alone} to refuse", lambda: refused(rig, alone), 60)
         for answer in served(run, rig, files, (alone,)):
