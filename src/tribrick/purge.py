@@ -31,7 +31,7 @@ begins at the first change that is not done.
 nginx keeps an answer in a file whose name is the MD5 of its key; a file that is gone is a miss. The key
 is the path, decoded, and the piece: ``/media/photos/cat.jpgbytes=0-1048575``. What nginx is just filling
 lies beside it under the same name and a number. It looks whether a file that it has open is still there once a
-second, so the cache is opened only when what was removed last is gone for longer than that.
+second, so the cache is opened that much later than all is purged.
 
 nginx serves from the cache only while the file ``open`` is there. It is made when all changes of a ledger
 that is up to date are purged. A node that was away is thereby kept from serving what was deleted meanwhile.
@@ -250,7 +250,7 @@ class Purger:
         self._seen: Place | None = None  # purged once
         self._done = self._read_place()
         self._removed = 0
-        self._dropped = float("-inf")
+        self._caught_up: float | None = None  # when the gate could have been opened first
         self._trouble = ""
 
     def look(self) -> None:
@@ -331,8 +331,6 @@ class Purger:
             for directory in self.directories:
                 self._removed += self.cache.drop(f"{PREFIX}{directory}{name}", size)
         self.cache.sent()
-        if names:
-            self._dropped = time.monotonic()
 
     # How far it is.
 
@@ -373,6 +371,7 @@ class Purger:
             self._open()
             state = "the ledger is not followed: what was cached before is served"
         else:
+            self._caught_up = None
             state = "waits for the ledger: nothing is served from the cache"
         _write(
             self.said,
@@ -392,7 +391,11 @@ class Purger:
         )
 
     def _open(self) -> None:
-        if not self.gate.exists() and time.monotonic() - self._dropped >= self.times.held:
+        now = time.monotonic()
+        if self._caught_up is None:
+            self._caught_up = now
+        # Not from the last removal: with deletes without a pause it would never open.
+        if not self.gate.exists() and now - self._caught_up >= self.times.held:
             self.gate.touch()
             log.warning("the cache is open")
 

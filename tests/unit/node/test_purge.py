@@ -270,10 +270,12 @@ def test_the_cache_opens_once_nginx_has_let_go_of_what_was_removed(node: Node) -
     assert not there(mine) and not node.gate
 
     def opened() -> bool:
+        node.note("added", (later := f"{time.monotonic()}.jpg"))
+        node.note("deleted", later)
         made.look()
         return node.gate
 
-    wait_for(opened, "nginx to have let go", 10)
+    wait_for(opened, "nginx to have let go, though deletes go on", 10)
     assert time.monotonic() - removed >= 0.3
 
 
