@@ -101,7 +101,8 @@ def rollout(lab: Lab, say: Say, extra: Sequence[str] = ()) -> Run:
 
 def lab_command(*words: str) -> None:
     """Run ./scripts/lab; what it prints is progress."""
-    command = [str(ROOT / "scripts" / "lab"), *words]
+    # A program that is started in the background ignores Ctrl-C, and so would what it starts.
+    command = ["env", "--default-signal=INT", str(ROOT / "scripts" / "lab"), *words]
     # In a session of its own: with Ctrl-C it is ended once, by us, and not in the midst of ending its own programs.
     process = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL, start_new_session=True)
     try:

@@ -35,7 +35,7 @@ LAB = "fresh"  # a lab of its own: somebody's lab `lab` is left alone
 UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0
 # The unit tests run as two processes beside each other; these take about as long as all others.
-UNIT_HALF = ("tests/unit/django/catalog", "tests/unit/django/spool", "tests/unit/django/remote")
+UNIT_HALF = tuple(f"tests/unit/django/{part}" for part in ("catalog", "spool", "remote", "sync"))
 REASON_LINES = 12  # of an error, in the closing list
 # Skips that are facts of the machine and say so; any other skipped test counts as failed.
 ALLOWED_SKIPS: tuple[str, ...] = (r"^no IPv6 in this lab", r"^Django \d+\.\d+ is not installed")
