@@ -1,10 +1,10 @@
-"""A brick's process or disk fails: uploads go on while two copies can be written, and are refused when they cannot."""
+"""A brick's process or disk fails: uploads go on while two copies can be written; a full disk refuses them in time."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers import LONG, NODES, chance
+from helpers import LONG, NODES, chance, wait_until
 from judged import CLEAN, faults, goes_on, hold, joined, verdict
 
 HOLD = hold(5.0)
@@ -19,10 +19,18 @@ def recovery(fault, node):
     return ["recover_heal"] if fault == "brick-freeze" or (fault == "brick-kill" and LONG) else []
 
 
+def upload(rig, node: str) -> int:
+    return rig.try_upload(node, b"x" * 1000, "full.bin", timeout=60).status_code
+
+
 @pytest.mark.parametrize(("fault", "node"), faults(*ONE))
-def test_two_bricks_are_enough(run, fault, node):
+def test_two_bricks_are_enough(run, rig, fault, node):
     with run.nemesis.under(fault, [node], recovery(fault, node), clean=CLEAN):
-        goes_on(run, whats=("upload", "read"), deadline=90)
+        goes_on(run, whats=("read",) if fault == "disk-full" else ("upload", "read"), deadline=90)
+        if fault == "disk-full":
+            # What is free on the volume is what its fullest brick has: refused before a second disk is full as well.
+            full = "uploads to be refused on every node"
+            wait_until(full, lambda: [upload(rig, one) for one in NODES] == [507] * len(NODES), 30)
         run.nemesis.hold(HOLD)
     if fault != "read-only":
         joined(run)
