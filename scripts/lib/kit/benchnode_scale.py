@@ -51,7 +51,7 @@ def alone() -> None:
                 return
         if time.monotonic() > end:
             raise RuntimeError(f"another of these has been at work for {PATIENCE:.0f} s")
-        time.sleep(0.2)
+        time.sleep(0.2)  # between two tries; the deadline is above
 
 
 def in_threads(work: Callable[[list[Any]], None], items: list[Any]) -> None:
@@ -166,7 +166,7 @@ def await_ledger(deadline: float) -> int:
             return wanted
         if time.monotonic() > end:
             raise RuntimeError(f"the ledger is at {number} after {deadline:.0f} s, the database at {wanted}")
-        time.sleep(0.2)
+        time.sleep(0.2)  # between two looks; the deadline is above
 
 
 def audit(sample: int) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def app(port: int, processes: int, threads: int) -> None:
     """Be the web server, with as many processes and threads as the site's."""
     from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]  # shipped without types
 
-    class Server(BaseApplication):  # type: ignore[misc]
+    class Server(BaseApplication):  # type: ignore[misc]  # its base has no types
         def load_config(self) -> None:
             given = {"bind": f"127.0.0.1:{port}", "workers": processes, "worker_class": "gthread", "threads": threads}
             given |= {"keepalive": 60, "graceful_timeout": 10, "loglevel": "warning"}
@@ -176,7 +176,7 @@ def wait_alive(server: subprocess.Popen[bytes], port: int) -> None:
             connection.close()
         if server.poll() is not None or time.monotonic() > end:
             raise RuntimeError(f"the plain site does not answer: {seen}")
-        time.sleep(0.1)
+        time.sleep(0.1)  # between two tries; the deadline is above
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def test_a_run_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     labs: list[str] = []
     monkeypatch.setattr(bench_options, "Volume", lambda _lab: argparse.Namespace(unclean=lambda: labs.append("asked")))
     options = argparse.Namespace(option=["flush-behind", "read-only"], all=False, blocks=2)
-    figures = bench_options.run(Any, options, lambda _text: None)  # type: ignore[arg-type]
+    figures = bench_options.run(Any, options, lambda _text: None)  # type: ignore[arg-type]  # no lab is asked
     bench.check_flat(figures)
     assert [one[0] for one in asked[1:5]] == ["off", "on", "on", "off"]
     assert asked[6][1].startswith("log-level=WARNING,attribute-timeout=30,") and asked[6][1].endswith(",ro")
