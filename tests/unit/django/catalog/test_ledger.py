@@ -155,7 +155,7 @@ def test_a_batch_that_was_cut_off_makes_no_ledger_young(path: Path, monkeypatch:
 def test_what_comes_while_it_is_copied_does_not_count_as_looked_at(path: Path) -> None:
     def slow() -> None:
         looked.append(time.time())
-        time.sleep(0.3)
+        time.sleep(0.3)  # the pass itself is to take time: that is what the age must count
 
     looked: list[float] = []
     add()
