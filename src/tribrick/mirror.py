@@ -174,6 +174,15 @@ def allowed(name: str) -> bool:
     return all(len(os.fsencode(part)) <= 255 for part in parts)
 
 
+def is_text(name: str) -> bool:
+    """Whether a ledger can know *name*; bytes on a disk may be none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def judge_rsync(code: int, said: str) -> str:
     """Return why an rsync has failed, or nothing. Only files that vanished while it ran are forgiven."""
     if code in (0, 24):
@@ -692,7 +701,9 @@ class Mirror:
         """Copy files that no ledger knows. Their hash is what was read; they never leave the mirror by themselves."""
         names = []
         for name, one in walked.items():
-            ours = name in known or ((now := ledger.get(name)) is not None and now.storage in self.config.storages)
+            ours = name in known or (
+                is_text(name) and (now := ledger.get(name)) is not None and now.storage in self.config.storages
+            )
             if ours or time.time() - one["changed"] < YOUNG or not allowed(name):
                 continue
             if hasher.TEMPORARY.fullmatch(name.rpartition("/")[2]):

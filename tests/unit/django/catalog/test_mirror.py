@@ -642,6 +642,17 @@ def test_foreign_files_come_along_once_a_week(config: Config, monkeypatch: pytes
     assert tree(only_snapshot(config) / "files") == wanted, "a snapshot does not change with the mirror"
 
 
+def test_a_foreign_name_that_is_no_text(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    name = os.fsdecode(b"\xe9t\xe9.jpg")
+    (root() / name).write_bytes(b"of another time")
+    row = add()
+    report = run(config)
+    assert report.problems == report.volume == [] and report.good and report.foreign == 1
+    assert current(config) == {row.name: b"one", name: b"of another time"}
+    assert mirror.verify(only_snapshot(config)) == []
+
+
 def test_hostile_names_of_the_catalog(config: Config) -> None:
     for number, name in enumerate(HOSTILE):
         path = root() / name
@@ -985,3 +996,4 @@ def test_restic_gets_the_snapshot_and_its_password_by_the_environment(
     instead("restic", "echo Fatal: no repository >&2; exit 10")
     with pytest.raises(Away, match="no repository"):
         run(config, snapshot=True)
+
