@@ -574,6 +574,8 @@ class Mirror:
         for known in needed:
             seen = arrived.hash(known.name)
             if (seen.get("sha256"), seen.get("size")) == (known.sha256, known.size):
+                if known.name not in self._foreign:  # of those that were adopted, snapshots hold what they were before
+                    self._mend_snapshots(known.name)
                 self._put(known.name)
                 self.report.copied += 1
             else:
@@ -734,25 +736,24 @@ class Mirror:
             if _differs(tree, known):
                 wrong.append(known)
             self.progress("verify", count, len(stored))
-        bad = {}
-        for known in wrong:
-            with contextlib.suppress(OSError):
-                bad[known.name] = os.lstat(self.current / known.name).st_ino
-        problems = self._copy(wrong, ledger)
-        for name, inode in bad.items():
-            if name not in problems:
-                self.report.mended += 1
-                self._mend_snapshots(name, inode)
-        return problems
+        return self._copy(wrong, ledger)
 
-    def _mend_snapshots(self, name: str, inode: int) -> None:
-        """Snapshots share the bytes of ``current/`` by hard links, also when the disk has spoilt them."""
+    def _mend_snapshots(self, name: str) -> None:
+        """Snapshots share the bytes of ``current/`` by hard links, also when the disk has spoilt them.
+
+        They get the good ones first: a run that is killed here finds those of ``current/`` bad once more.
+        """
+        try:
+            inode = os.lstat(self.current / name).st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        self.report.mended += 1
+        new = self.incoming / ".mended"  # not beside the file, where a killed run would leave it
         for one in self.snapshots():
             path = self.snapshots_at / one.name / "files" / name
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 if os.lstat(path).st_ino == inode:
-                    new = path.with_name(f".{os.getpid()}.mended")
-                    os.link(self.current / name, new)
+                    os.link(self.incoming / name, new)
                     os.replace(new, path)
 
     # Snapshots

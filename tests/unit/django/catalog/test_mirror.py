@@ -620,6 +620,40 @@ def test_spoilt_bytes_are_mended_in_snapshots_too(config: Config) -> None:
     assert mirror.verify(snapshot) == []
 
 
+@pytest.mark.parametrize("step", ["_mend_snapshots", "_put"])
+def test_killed_while_spoilt_bytes_are_mended(config: Config, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    row = add(b"good bytes")
+    run(config)
+    (Path(config.place) / "current" / row.name).write_bytes(b"bad bytes!")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Mirror, step, lambda *_words: signal.raise_signal(signal.SIGINT))
+        run(config, full=True, snapshot=False)
+    assert run(config, full=True, snapshot=False).problems == []
+    assert current(config) == {row.name: b"good bytes"} and mirror.verify(only_snapshot(config)) == []
+
+
+def test_spoilt_bytes_that_the_volume_lacks_for_now_are_mended_later(config: Config) -> None:
+    row = add(b"good bytes")
+    run(config)
+    (Path(config.place) / "current" / row.name).write_bytes(b"bad bytes!")
+    (root() / row.name).rename(root() / "away")
+    assert len(run(config, full=True, snapshot=False).problems) == 1
+    (root() / "away").rename(root() / row.name)
+    assert run(config, snapshot=False).problems == []
+    assert current(config) == {row.name: b"good bytes"} and mirror.verify(only_snapshot(config)) == []
+
+
+def test_an_adopted_file_leaves_what_it_was_in_the_snapshots(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    (root() / "old").write_bytes(b"as it was")
+    run(config)
+    snapshot = only_snapshot(config)
+    (root() / "old").write_bytes(b"as it is ")
+    catalog.record(StoredFile("old", hashlib.sha256(b"as it is ").hexdigest(), 9))
+    assert run(config, snapshot=False).problems == [] and current(config) == {"old": b"as it is "}
+    assert mirror.verify(snapshot) == [] and tree(snapshot / "files") == {"old": b"as it was"}
+
+
 def test_foreign_files_come_along_once_a_week(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror, "YOUNG", 0.0)
     (root() / "old").mkdir()
