@@ -541,8 +541,8 @@ class Mirror:
                 else:
                     dead.add(name)
         stored = {name: known for name, known in stored.items() if known.storage in self.config.storages}
+        self._remove(dead, ledger)  # first: a directory may have the name of a deleted file by now
         self._wrong = self._copy(list(stored.values()), ledger)
-        self._remove(dead, ledger)
         self._sync()
         self.state.pending = sorted(self._wrong)
         self.state.number, self.state.chain = to, chain
@@ -576,8 +576,8 @@ class Mirror:
             if (seen.get("sha256"), seen.get("size")) == (known.sha256, known.size):
                 if known.name not in self._foreign:  # of those that were adopted, snapshots hold what they were before
                     self._mend_snapshots(known.name)
-                self._put(known.name)
-                self.report.copied += 1
+                if obstacle := self._put(known.name):
+                    problems[known.name] = obstacle
             else:
                 late.append((known, seen))
         if any((now := ledger.get(known.name)) is None or now.state == "stored" for known, _ in late):
@@ -617,11 +617,16 @@ class Mirror:
     def _bandwidth(self) -> list[str]:
         return [f"--bwlimit={self.config.bandwidth_kib}"] if self.config.bandwidth_kib else []
 
-    def _put(self, name: str) -> None:
-        """Move a file that was checked from ``.incoming/`` to ``current/``."""
+    def _put(self, name: str) -> str:
+        """Move a file that was checked from ``.incoming/`` to ``current/``; return what is in its way, if anything."""
         target = self.current / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self.incoming / name, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.incoming / name, target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            return f"not copied: {name}: {error.filename2 or error.filename} is in its way; move that away"
+        self.report.copied += 1
+        return ""
 
     def _remove(self, dead: Iterable[str], ledger: Ledger) -> None:
         for name in dead:
@@ -631,6 +636,14 @@ class Mirror:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(self.current / name)
                 self.report.removed += 1
+                self._remove_empty((self.current / name).parent)
+
+    def _remove_empty(self, directory: Path) -> None:
+        """Remove directories that hold nothing, which may be in the way of a file with their name."""
+        with contextlib.suppress(OSError):  # not empty
+            while directory != self.current:
+                directory.rmdir()
+                directory = directory.parent
 
     def _make_room(self, needed: int) -> None:
         """Raise unless *needed* bytes fit, and the reserve stays free. Snapshots are never removed for room."""
@@ -723,8 +736,9 @@ class Mirror:
                     if why:  # else it vanished meanwhile
                         self.report.volume.append(f"not copied: {wanted.name} ({why})")
                     continue
-                self._put(wanted.name)
-                self.report.copied += 1
+                if obstacle := self._put(wanted.name):
+                    self.report.volume.append(obstacle)
+                    continue
                 self._foreign[wanted.name] = [seen["size"], walked[wanted.name]["modified"], seen["sha256"]]
         for name in [name for name in self._foreign if name in known]:
             del self._foreign[name]  # adopted meanwhile: now it is the ledger's

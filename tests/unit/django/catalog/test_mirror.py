@@ -654,6 +654,45 @@ def test_an_adopted_file_leaves_what_it_was_in_the_snapshots(config: Config, mon
     assert mirror.verify(snapshot) == [] and tree(snapshot / "files") == {"old": b"as it was"}
 
 
+def recorded(name: str) -> None:
+    (root() / name).parent.mkdir(exist_ok=True)
+    (root() / name).write_bytes(name.encode())
+    catalog.record(StoredFile(name, hashlib.sha256(name.encode()).hexdigest(), len(name)))
+
+
+def test_a_file_and_a_directory_of_one_name(config: Config) -> None:
+    recorded("a")
+    recorded("b/c")
+    run(config)
+    for name in ("a", "b/c"):
+        catalog.delete(name)
+    (root() / "b").rmdir()
+    recorded("a/d")
+    recorded("b")
+    assert run(config).problems == [] and current(config) == {"a/d": b"a/d", "b": b"b"} == stored()
+
+
+def test_a_foreign_file_that_is_in_the_way_is_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    (root() / "a").write_bytes(b"foreign")
+    (root() / "b").mkdir()
+    (root() / "b/c").write_bytes(b"foreign")
+    run(config)
+    (root() / "a").unlink()
+    (root() / "a").mkdir()
+    (root() / "a/e").write_bytes(b"foreign")
+    shutil.rmtree(root() / "b")
+    for name in ("a/d", "b", "z"):
+        recorded(name)
+    report = run(config, full=True, snapshot=True)
+    assert len(report.problems) == 2 and not report.good and len(report.volume) == 1
+    assert all("in its way" in one for one in [*report.problems, *report.volume])
+    assert current(config) == {"a": b"foreign", "b/c": b"foreign", "z": b"z"}, "the others come"
+    (Path(config.place) / "current/a").unlink()
+    shutil.rmtree(Path(config.place) / "current/b")
+    assert run(config).problems == [] and current(config) == {"z": b"z", **stored()}
+
+
 def test_foreign_files_come_along_once_a_week(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror, "YOUNG", 0.0)
     (root() / "old").mkdir()
