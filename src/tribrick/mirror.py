@@ -464,7 +464,8 @@ class Mirror:
             raise Away(f"{error}; the service tribrick-ledger writes it") from error
         with ledger:
             self._follow(ledger)
-            if full or time.time() - self.state.full > self.config.full_days * 86400 - YOUNG:
+            # A time that is still to come is that of a clock that was set back.
+            if full or abs(time.time() - self.state.full) > self.config.full_days * 86400 - YOUNG:
                 self._full(ledger)
             if snapshot or (snapshot is None and due(_now(), self.snapshots())):
                 self._snapshot(ledger)
@@ -505,6 +506,24 @@ class Mirror:
         for one in self.snapshots_at.iterdir():
             if one.name.startswith("."):
                 shutil.rmtree(one)
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """Set back the names of snapshots of a clock that ran ahead, all alike, so that the newest is an hour old.
+
+        Else it would be the newest until its time comes: nothing would be sent, and a restore would take it.
+        """
+        limit = _now() + timedelta(hours=1)
+        if self.state.pushed > limit.strftime(STAMP):
+            self.state.pushed = ""
+        if self.state.restic > limit.strftime(STAMP):
+            self.state.restic = ""
+        ahead = [one for one in self.snapshots() if one.at > limit]
+        for one in ahead:
+            at = one.at - (ahead[-1].at - _now()) - timedelta(hours=1)
+            while (self.snapshots_at / at.strftime(STAMP)).exists():
+                at -= timedelta(seconds=1)
+            os.rename(self.snapshots_at / one.name, self.snapshots_at / at.strftime(STAMP))
 
     def _look_at_source(self) -> None:
         """Raise ``Away`` unless the source is the volume. The look cannot hang: it is another process."""

@@ -107,6 +107,11 @@ def current(config: Config) -> dict[str, bytes]:
     return tree(Path(config.place) / "current")
 
 
+def ledger_last(config: Config) -> int:
+    with Ledger(config.ledger) as one:
+        return one.last()[0]
+
+
 def only_snapshot(config: Config) -> Path:
     [one] = Mirror(config).snapshots()
     return Path(config.place) / "snapshots" / one.name
@@ -788,6 +793,31 @@ def test_old_snapshots_expire(config: Config) -> None:
     assert newest in Mirror(config).snapshots()
     (there / "2000-01-01T00-00-00Z").mkdir()  # no marker: not ours to judge
     assert run(config).expired == [] and (there / "2000-01-01T00-00-00Z").exists()
+
+
+def test_a_clock_that_ran_ahead(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done then is neither the newest snapshot for ever, nor the last look at everything for as long."""
+    add(b"before")
+    now, real = mirror._now(), time.time
+    ahead = timedelta(days=400)
+    with monkeypatch.context() as patch:
+        for hours in (0, 1):
+            patch.setattr(mirror, "_now", lambda hours=hours: now + ahead + timedelta(hours=hours))
+            patch.setattr(time, "time", lambda: real() + ahead.total_seconds())
+            run(config)
+    old = [one.name for one in Mirror(config).snapshots()]
+    numbers = [one.number for one in Mirror(config).snapshots()]
+    state = json.loads((Path(config.place) / "state.json").read_text())
+    (Path(config.place) / "state.json").write_text(json.dumps({**state, "pushed": old[-1], "restic": old[0]}))
+    add(b"after")
+    report = run(config)
+    assert report.full
+    there = Mirror(config).snapshots()
+    assert mirror.pick(there).name == report.snapshot and mirror.pick(there).number == ledger_last(config)
+    assert [one.number for one in there[:2]] == numbers and there[-1].at < now + timedelta(minutes=5)
+    one = Mirror(config)
+    one.load()
+    assert one._to_push(one.state.pushed) == one._to_push(one.state.restic) == there[-1]
 
 
 def test_a_snapshot_is_gone_before_its_files_are(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
