@@ -822,6 +822,9 @@ class Mirror:
             raise MirrorError(f"no snapshot was made: {judge_rsync(code, said) or 'files vanished'}")
         manifest = self._write_manifest(new / "manifest.gz", known)
         problems = sorted(self._wrong.values())
+        if not known and not self._foreign:
+            # That of nodes made new after a loss would be the newest of all, and be restored.
+            problems.append("no file was ever stored: it is not taken unless it is named")
         _write_json(
             new / MARKER,
             {

@@ -287,6 +287,25 @@ def test_a_run_makes_a_pair_of_files_and_database(config: Config) -> None:
     assert (again.copied, again.removed, again.snapshot) == (0, 0, ""), "one snapshot an hour"
 
 
+def test_a_snapshot_of_nothing_is_not_the_one_to_restore(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nodes that were made new after a loss take snapshots before anybody has copied the old one there."""
+    add()
+    run(config)
+    kept = only_snapshot(config)
+    (tmp_path / "new").mkdir()
+    Change.objects.all().delete()
+    MediaFile.objects.all().delete()
+    new = changed(config, place=str(tmp_path / "new"), ledger=str(tmp_path / "new.sqlite"))
+    shutil.rmtree(root() / "photos")
+    report = run(new)
+    assert report.snapshot and not report.good and report.problems == []
+    shutil.copytree(kept, Path(new.place) / "snapshots" / "2026-01-01T10-00-00Z", symlinks=True)
+    code, said = told(capsys, new)
+    assert code == 0 and said.startswith("2026-01-01T10-00-00Z")
+
+
 def test_deleted_files_leave_the_mirror_and_stay_in_snapshots(config: Config) -> None:
     row = add(b"deleted later")
     run(config)
@@ -1092,6 +1111,7 @@ def test_restic_gets_the_snapshot_and_its_password_by_the_environment(
         "restic", f'echo "$@" > {tmp_path}/said; echo "$RESTIC_REPOSITORY $RESTIC_PASSWORD $KEY" >> {tmp_path}/said'
     )
     config = changed(config, restic={"repository": "/far", "password": "secret", "environment": {"KEY": "k"}})
+    add()
     report = run(config)
     said = (tmp_path / "said").read_text().splitlines()
     assert said[0].startswith("backup") and said[0].endswith(str(only_snapshot(config))) and "secret" not in said[0]
