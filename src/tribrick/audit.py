@@ -270,6 +270,8 @@ class Audit:
         return self.report
 
     def _is_there(self, copy: Copy) -> bool:
+        if copy.name in self.report.away:  # before an interruption: it was not asked about all files
+            return False
         try:
             copy.check()
         except OSError as error:
@@ -355,7 +357,6 @@ class Audit:
             state = json.loads(self.resume.read_text())
             left = state.pop("left")
             state["findings"] = [Finding(**one) for one in state["findings"]]
-            state["away"] = {}
             report = Report(**state)
         except (ValueError, TypeError, KeyError) as error:
             raise AuditError(f"{self.resume} is not the state of an audit: {error}") from error

@@ -241,6 +241,31 @@ def test_resume(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert tribrick("audit", "--resume", str(state)) == (1, None)
 
 
+def test_a_copy_that_was_away_before_an_interruption_is_not_in_order(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "PAGE", 1)
+    monkeypatch.setattr(audit, "SAVE_EVERY", 0)
+    rows = [add() for _ in range(3)]
+    mirror.rmdir()
+    state = tmp_path / "state.json"
+    real = audit.examine
+
+    def killed(copy: audit.Copy, known: ledger.Known) -> Any:
+        if known.name == max(row.name for row in rows):
+            raise KeyboardInterrupt
+        return real(copy, known)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(audit, "examine", killed)
+        tribrick("audit", "--resume", str(state))
+    mirror.mkdir()
+    copy_to(mirror, max(rows, key=lambda row: row.name))
+    code, said = tribrick("audit", "--resume", str(state))
+    assert code == 2 and list(said["away"]) == ["mirror"] and not state.exists()
+    assert tribrick("audit", "--resume", str(state))[0] == 1, "the next one asks it about all"
+
+
 def test_resume_in_the_walk(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     age(root(), monkeypatch)
     monkeypatch.setattr(audit, "PAGE", 1)
