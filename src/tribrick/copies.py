@@ -197,8 +197,11 @@ class PathCopy(Copy):
                     yield Found(name, status.st_size, changed, status.st_mtime)
             waiting.extend(reversed(below))
 
-    def quarantine(self, name: str) -> None:
-        """Move a file to the quarantine of today. Same file system, so no bytes are copied."""
+    def quarantine(self, name: str, *, keep: bool = False) -> None:
+        """Move a file to the quarantine of today. Same file system, so no bytes are copied.
+
+        With *keep* it keeps its name too, where that can be.
+        """
         today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
         area = self.root / QUARANTINE
         area.mkdir(mode=0o700, exist_ok=True)
@@ -206,6 +209,10 @@ class PathCopy(Copy):
         target.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(target):
             target = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
+        if keep:
+            with contextlib.suppress(OSError):  # another's file, or a file system without hard links
+                os.link(self._path(name), target, follow_symlinks=False)
+                return
         os.rename(self._path(name), target)
 
     def put(self, known: Known, source: Copy) -> str:
@@ -230,7 +237,10 @@ class PathCopy(Copy):
                     os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
                 if os.path.lexists(target):
-                    self.quarantine(known.name)
+                    if target.is_dir() and not target.is_symlink():
+                        raise AuditError(f"{self.name}: {known.name} is a directory; move it away")
+                    # Killed here, the name must not be without a file: `sync` would take that for a deletion.
+                    self.quarantine(known.name, keep=True)
                 os.rename(new, target)
             except BaseException:
                 new.unlink(missing_ok=True)

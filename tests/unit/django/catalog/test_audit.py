@@ -404,6 +404,53 @@ def test_reconcile(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {one["kind"] for one in said["findings"]} == {"missing", "extra"}
 
 
+def test_a_repair_that_is_killed_leaves_a_file_under_the_name(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `sync` would take it for a deletion, and tell everybody."""
+    row = add(b"right")
+    copy_to(mirror, row)
+    (root() / row.name).write_bytes(b"wrong")
+    real = os.rename
+
+    def killed(source: Any, target: Any, **more: Any) -> None:
+        if Path(target) == root() / row.name:
+            raise KeyboardInterrupt
+        real(source, target, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", killed)
+        tribrick("reconcile", "--host", "storage", "--apply")
+    assert (root() / row.name).read_bytes() == b"wrong"
+    assert tribrick("reconcile", "--host", "storage", "--apply")[0] == 0
+    assert (root() / row.name).read_bytes() == b"right"
+    kept = [path.read_bytes() for path in (root() / copies.QUARANTINE).rglob("*.txt*") if path.is_file()]
+    assert set(kept) == {b"wrong"}
+
+
+def test_a_repair_where_no_hard_link_can_be_made(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = add(b"right")
+    copy_to(mirror, row)
+    (root() / row.name).write_bytes(b"wrong")
+
+    def refused(*_words: Any, **_more: Any) -> None:
+        raise PermissionError(1, "fs.protected_hardlinks")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert tribrick("reconcile", "--host", "storage", "--apply")[0] == 0
+    assert (root() / row.name).read_bytes() == b"right"
+    assert [path.read_bytes() for path in (root() / copies.QUARANTINE).rglob("*.txt")] == [b"wrong"]
+
+
+def test_a_repair_takes_no_directory_away(mirror: Path) -> None:
+    row = add()
+    copy_to(mirror, row)
+    (root() / row.name).unlink()
+    (root() / row.name).mkdir()
+    (root() / row.name / "somebody's").write_bytes(b"own")
+    code, said = tribrick("reconcile", "--host", "storage", "--apply")
+    assert code == 1 and "is a directory" in str(said)
+    assert (root() / row.name / "somebody's").read_bytes() == b"own"
+
+
 def test_reconcile_one_host_and_only_where_it_may_write(mirror: Path, tribrick_settings: Settings) -> None:
     row = add()
     assert tribrick("reconcile", "--host", "storage", "--apply")[1]["repairs"] == []
