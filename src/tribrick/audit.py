@@ -289,9 +289,13 @@ class Audit:
     def _examine(self, files: Sequence[Known], there: list[Copy], total: int) -> None:
         asked = self._ask(files, there)
         for index, known in enumerate(files):
-            for copy in there:
+            for copy in list(there):
                 finding, read = asked[copy.name][index] if copy.name in asked else examine(copy, known)
                 self.report.read += read
+                if finding and finding.kind in ("missing", "unreadable") and not copy.batched:
+                    if not self._is_there(copy):  # gone meanwhile: nothing is said of its files
+                        there.remove(copy)
+                        continue
                 if finding and self.source.get([known.name]).get(known.name) == known:  # not deleted meanwhile
                     if finding.kind == "missing" and self.source.waits(known.name):
                         finding = replace(finding, note="it is in the spools; drain brings it")

@@ -236,6 +236,7 @@ class PathCopy(Copy):
                 if mode is not None:
                     os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
+                self.check()  # unmounted meanwhile? Then this is another disk
                 if os.path.lexists(target):
                     if target.is_dir() and not target.is_symlink():
                         raise AuditError(f"{self.name}: {known.name} is a directory; move it away")

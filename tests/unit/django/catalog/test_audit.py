@@ -172,6 +172,47 @@ def test_an_absent_copy_is_no_difference_and_not_in_order(mirror: Path) -> None:
     assert code == 2 and set(said["away"]) == {"mirror", "storage"}
 
 
+def test_a_volume_that_goes_away_in_the_middle(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [add() for _ in range(4)]
+    copy_to(mirror, *rows)
+    real, aside = audit.examine, root().with_name("unmounted")
+
+    def unmounted(copy: audit.Copy, known: ledger.Known) -> Any:
+        if copy.name == "storage" and known.name == sorted(row.name for row in rows)[1]:
+            root().rename(aside)
+            root().mkdir()
+        return real(copy, known)
+
+    monkeypatch.setattr(audit, "examine", unmounted)
+    try:
+        code, said = tribrick("audit")
+    finally:
+        root().rmdir()
+        aside.rename(root())
+    assert code == 2 and list(said["away"]) == ["storage"] and said["findings"] == [] and said["checked"] == 4
+
+
+def test_nothing_is_written_where_the_volume_is_no_more(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = add()
+    copy_to(mirror, row)
+    (root() / row.name).unlink()
+    source, storage = copies.PathCopy("mirror", mirror, writable=False), audit.storage_copy("default")
+    known = ledger.Known(row.name, "stored", "default", row.sha256, row.size)
+    real = source.chunks
+
+    def unmounted(name: str) -> Iterator[bytes]:
+        (root() / ".tribrick-volume").rename(root().with_name("sentinel"))
+        yield from real(name)
+
+    monkeypatch.setattr(source, "chunks", unmounted)
+    try:
+        with pytest.raises(StorageUnavailable):
+            storage.put(known, source)
+    finally:
+        root().with_name("sentinel").rename(root() / ".tribrick-volume")
+    assert not [path for path in root().rglob("*.txt")], "under no name"
+
+
 def test_sample(mirror: Path) -> None:
     for _ in range(6):
         add()
