@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import sqlite3
 import time
@@ -12,8 +14,8 @@ from typing import Any
 import pytest
 
 from tribrick.sentinel import HISTORY
+from tribrick.sync import door, versions
 from tribrick.sync import side as side_module
-from tribrick.sync import versions
 from tribrick.sync.plan import Step
 from tribrick.sync.side import Side
 from tribrick.sync.state import Busy, State, StateDamaged, SyncError
@@ -394,6 +396,30 @@ def test_after_a_restore_no_count_is_given_twice(place: Any, tmp_path: Path, res
         state.add([later])
         copies = state.settle()
     assert len(copies) == (1 if restored == "state" else 0), "neither is lost"
+
+
+def told(place: Any, after: int = 0, known: str = "-") -> tuple[str, list[Any]]:
+    """What a peer hears: how the numbers are called, and the numbered versions."""
+    out = io.StringIO()
+    door.changes(str(place.path), after, known, False, out)
+    head, *lines, _end = map(json.loads, out.getvalue().splitlines())
+    return head["state"], lines
+
+
+def test_after_a_restore_peers_hear_of_what_got_a_number_that_they_know(place: Any) -> None:
+    place.write("a.jpg", b"one")
+    place.scan()
+    backup = place.path.read_bytes()
+    for data in (b"two", b"three", b"four"):
+        place.write("a.jpg", data)
+        place.scan()
+    known, lines = told(place)
+    assert told(place, lines[-1][0], known)[1] == [], "usually only what is new"
+    place.path.write_bytes(backup)
+    for number in range(5):
+        place.write(f"{number}.jpg", b"new")
+        place.scan()
+    assert told(place, lines[-1][0], known)[1] == told(place)[1], "all of it"
 
 
 def test_others_know_more_of_us_than_we_do(place: Any) -> None:
