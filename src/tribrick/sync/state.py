@@ -330,11 +330,21 @@ class State:
             while waiting:
                 made: list[Version] = []
                 for name in waiting:
-                    made += self._settle_one(name, keep_both, ask)
+                    made += map(self._with_free_name, self._settle_one(name, keep_both, ask))
                 added = self.add(made)
                 copies += [one for one in added if one.vector.counts == ((versions.SETTLED, 1),)]
                 waiting = sorted({one.name for one in added})
         return copies
+
+    def _with_free_name(self, made: Version) -> Version:
+        """Give a conflict copy another name where the usual one was removed or changed: it would be hidden by that."""
+        found, number = made, 1
+        while made.vector.counts == ((versions.SETTLED, 1),) and any(
+            head.sha256 != made.sha256 for head in self.heads(found.name)
+        ):
+            number += 1
+            found = replace(made, name=versions.conflict_name(made, number=number))
+        return found
 
     def _settle_one(self, name: str, keep_both: bool, ask: bool) -> list[Version]:
         known = self.heads(name)

@@ -18,7 +18,7 @@ from tribrick.sync import door, versions
 from tribrick.sync import side as side_module
 from tribrick.sync.plan import Step
 from tribrick.sync.side import Side
-from tribrick.sync.state import Busy, State, StateDamaged, SyncError
+from tribrick.sync.state import Busy, Stamp, State, StateDamaged, SyncError
 
 
 def heads(place: Any, name: str) -> Any:
@@ -432,6 +432,32 @@ def test_others_know_more_of_us_than_we_do(place: Any) -> None:
         assert state.meta("replica") == before
         state.add([versions.replace(mine, vector=mine.vector.with_count(before, 99))])
         assert state.meta("replica") != before
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_change_that_loses_twice_is_kept_twice(place: Any, removed: bool) -> None:
+    """Somebody removed the conflict copy, or changed it; then the same content loses once more."""
+    place.write("a.jpg", b"first")
+    place.scan()
+    for turn in (1, 2):
+        with State.open(place.path) as state:
+            [known] = state.heads("a.jpg")
+        place.write("a.jpg", b"loses")
+        place.scan()
+        theirs = versions.replace(
+            known, vector=known.vector.with_count("n2.00000000", turn), sha256=f"{turn}" * 64, at=2**62, node="n2"
+        )
+        with State.open(place.path) as state:
+            state.add([theirs])
+            copies = state.settle()
+            assert len(copies) == 1
+            assert copies[0] in state.copies(), "it is there to be seen"
+            if turn == 1:
+                state.write(copies[0].name, None if removed else known, at=1)
+            assert state.settle() == [], "once"
+            place.write("a.jpg", b"theirs is shown")
+            state.set_disk(state.heads("a.jpg")[0], Stamp.of((place.root / "a.jpg").stat()))
+    assert copies[0].name.endswith("-2.jpg")
 
 
 def test_what_a_killed_run_has_written_is_no_change_of_anybodys(place: Any) -> None:
