@@ -733,7 +733,7 @@ class Mirror:
 
     def _take_foreign(self, walked: Mapping[str, dict[str, Any]], known: Mapping[str, Known], ledger: Ledger) -> None:
         """Copy files that no ledger knows. Their hash is what was read; they never leave the mirror by themselves."""
-        names = []
+        names, here = [], hasher.Tree(self.current)
         for name, one in walked.items():
             ours = name in known or (
                 is_text(name) and (now := ledger.get(name)) is not None and now.storage in self.config.storages
@@ -743,7 +743,8 @@ class Mirror:
             if hasher.TEMPORARY.fullmatch(name.rpartition("/")[2]):
                 continue
             self.report.foreign += 1
-            if self._foreign.get(name, [])[:2] != [one["size"], one["modified"]] or not (self.current / name).exists():
+            noted = self._foreign.get(name, ["", "", ""])
+            if noted[:2] != [one["size"], one["modified"]] or here.hash(name).get("sha256") != noted[2]:
                 names.append(Known(name, "foreign", "", "", one["size"]))
         for batch in batches(names):
             self._make_room(sum(known.size for known in batch))
@@ -755,6 +756,8 @@ class Mirror:
                     if why:  # else it vanished meanwhile
                         self.report.volume.append(f"not copied: {wanted.name} ({why})")
                     continue
+                if seen["sha256"] == self._foreign.get(wanted.name, [""])[-1]:  # the disk has spoilt what was here
+                    self._mend_snapshots(wanted.name)
                 if obstacle := self._put(wanted.name):
                     self.report.volume.append(obstacle)
                     continue

@@ -678,6 +678,16 @@ def test_an_adopted_file_leaves_what_it_was_in_the_snapshots(config: Config, mon
     assert mirror.verify(snapshot) == [] and tree(snapshot / "files") == {"old": b"as it was"}
 
 
+def test_spoilt_foreign_files_are_mended(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    (root() / "old").write_bytes(b"good bytes")
+    run(config)
+    (Path(config.place) / "current/old").write_bytes(b"bad bytes!")
+    assert run(config, full=True, snapshot=False).mended == 1
+    assert current(config) == {"old": b"good bytes"} and mirror.verify(only_snapshot(config)) == []
+    assert run(config, full=True, snapshot=False).copied == 0
+
+
 def recorded(name: str) -> None:
     (root() / name).parent.mkdir(exist_ok=True)
     (root() / name).write_bytes(name.encode())
