@@ -265,20 +265,26 @@ def libpq(url: str) -> tuple[str, dict[str, str]]:
     return clean, environment | {"PGCONNECT_TIMEOUT": "10"}
 
 
-def newest_change(lines: Iterable[str]) -> int:
-    """Return the highest number in the table of changes, as ``pg_restore`` writes it out. 0 for an empty table."""
-    column, highest, met = -1, 0, False
+def newest_change(lines: Iterable[str]) -> tuple[int, dict[str, str]]:
+    """Return the highest number in the table of changes, as ``pg_restore`` writes it out, and that row.
+
+    0 for an empty table.
+    """
+    columns: list[str] = []
+    highest: tuple[int, dict[str, str]] = (0, {})
+    met = False
     for line in lines:
-        if column < 0:
+        if not columns:
             found = re.match(r"COPY \S*tribrick_change\S* \((.*)\) FROM stdin;", line)
             if found:
-                column, met = [name.strip().strip('"') for name in found[1].split(",")].index("number"), True
+                columns, met = [name.strip().strip('"') for name in found[1].split(",")], True
             continue
         if line.startswith("\\."):
-            column = -1
+            columns = []
             continue
-        value = line.rstrip("\n").split("\t")[column]
-        highest = max(highest, int(value) if value != "\\N" else 0)
+        row = dict(zip(columns, line.rstrip("\n").split("\t"), strict=False))
+        if row["number"] != "\\N" and int(row["number"]) > highest[0]:
+            highest = int(row["number"]), row
     if not met:
         raise MirrorError("the dump has no table tribrick_change: is this the site's database, and is it migrated?")
     return highest
@@ -813,8 +819,8 @@ class Mirror:
         name = now.strftime(STAMP)
         new = self.snapshots_at / f".{name}"
         new.mkdir(mode=0o750)
-        number = self._dump(new / "database.dump")
-        self._wait_for(ledger, number)
+        number, change = self._dump(new / "database.dump")
+        self._wait_for(ledger, number, change)
         known = self._known_at(ledger, number)
         gone = self._compare(known, ledger)
         # rsync makes a link wherever size and time agree, which here is everywhere.
@@ -844,8 +850,8 @@ class Mirror:
         if not problems:
             self.state.snapshot = name
 
-    def _dump(self, target: Path) -> int:
-        """Dump the database, read the dump back, and return the number of its newest change."""
+    def _dump(self, target: Path) -> tuple[int, dict[str, str]]:
+        """Dump the database, read the dump back, and return its newest change with the number."""
         url, environment = libpq(self.config.database_url)
         self.progress("dump", 0, 0)
         try:
@@ -862,17 +868,17 @@ class Mirror:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
             ) as reading:  # fmt: skip
                 assert reading.stdout is not None  # noqa: S101  it was asked for
-                number = newest_change(reading.stdout)
+                newest = newest_change(reading.stdout)
         except subprocess.TimeoutExpired as error:
             raise Away(f"no snapshot: the database's dump took longer than {error.timeout:g} s") from error
         except FileNotFoundError as error:
             raise MirrorError(f"no snapshot: {error.filename} is not installed; run site.yml") from error
         if reading.returncode != 0:
             raise MirrorError(f"no snapshot: the dump cannot be read back (pg_restore: {reading.returncode})")
-        return number
+        return newest
 
-    def _wait_for(self, ledger: Ledger, number: int) -> None:
-        """Wait until the ledger has what the dump has; it lags by seconds."""
+    def _wait_for(self, ledger: Ledger, number: int, change: Mapping[str, str]) -> None:
+        """Wait until the ledger has what the dump has; it lags by seconds. *change* is the dump's newest one."""
         until = time.monotonic() + 60
         while (last := ledger.last()[0]) < number:
             if time.monotonic() > until:
@@ -884,6 +890,12 @@ class Mirror:
             raise Away(
                 f"no snapshot: the database is at {number}, the ledger was at {self.state.number} before: the database "
                 "lost its last changes; see docs/catalog.md, 'The database lost changes'"
+            )
+        own = next(ledger.changes(after=number - 1), None) if number else None
+        if own is not None and (own.kind, own.sha256, str(own.size)) != tuple(map(change.get, ("kind", "sha256", "size"))):
+            raise Away(
+                f"no snapshot: the database has another change {number} than the ledger, so its files are not these: "
+                "it lost changes and has new ones; see docs/catalog.md, 'The database lost changes'"
             )
 
     def _compare(self, known: Mapping[str, Known], ledger: Ledger) -> list[str]:

@@ -217,7 +217,9 @@ def test_a_password_is_not_on_the_command_line() -> None:
 def test_the_newest_change_of_a_dump() -> None:
     rows = ["1\ta\t7\tx", "2\ta\t\\N\tx", "3\tb\t12\ty", "\\.", "99"]
     head = 'COPY public.tribrick_change (id, kind, "number", name) FROM stdin;'
-    assert mirror.newest_change(["SET x;", head, *rows]) == 12
+    number, row = mirror.newest_change(["SET x;", head, *rows])
+    assert number == 12 and row == {"id": "3", "kind": "b", "number": "12", "name": "y"}
+    assert mirror.newest_change([head, "\\."]) == (0, {})
     with pytest.raises(MirrorError, match="migrated"):
         mirror.newest_change(["SET x;"])
 
@@ -615,6 +617,21 @@ def test_a_database_that_lost_its_last_changes_makes_no_snapshot(config: Config)
     with pytest.raises(Away, match="lost its last changes"):
         Mirror(config).run(snapshot=True)
     assert len(Mirror(config).snapshots()) == 1 and len(current(config)) == 2
+
+
+def test_a_database_that_has_others_in_place_of_its_last_changes_makes_no_snapshot(config: Config) -> None:
+    """As many as it lost: the numbers alone would say that dump and ledger are a pair."""
+    add(b"one")
+    row = add(b"two")
+    run(config)
+    Change.objects.filter(name=row.name).delete()
+    row.delete()
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER SEQUENCE tribrick_change_number RESTART WITH 2")
+    add(b"another")
+    with pytest.raises(Away, match="another change 2 than the ledger"):
+        Mirror(config).run(snapshot=True)
+    assert len(Mirror(config).snapshots()) == 1
 
 
 def test_another_history_is_gone_through_from_the_start(config: Config) -> None:
