@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import http.client
 import os
 import secrets
 import stat
@@ -304,8 +305,13 @@ class HttpCopy(Copy):
 
     def chunks(self, name: str) -> Iterator[bytes]:
         with self._request("GET", name) as answer:
-            while chunk := answer.read(CHUNK):
-                yield chunk
+            try:
+                while chunk := answer.read(CHUNK):
+                    yield chunk
+            except http.client.HTTPException as error:
+                raise OSError(errno.EIO, f"{self.address}: {error!r}") from error
+            if answer.length:
+                raise OSError(errno.EIO, f"{self.address}: the answer broke off")
 
 
 class HostCopy(Copy):

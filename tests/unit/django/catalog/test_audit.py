@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import os
+import socketserver
 import subprocess
 import threading
 import time
@@ -375,6 +376,26 @@ def test_a_copy_behind_a_web_server(web: Path, monkeypatch: pytest.MonkeyPatch) 
         row.name: ok for row, ok in zip(rows, [True, False, False, False], strict=True)
     }
     assert (root() / rows[0].name).read_bytes() == b"a" * 3_000_000
+
+
+@pytest.mark.parametrize("answer", ["Content-Length: 9\r\n\r\nhal", "Transfer-Encoding: chunked\r\n\r\n9\r\nhal"])
+def test_an_answer_that_breaks_off_is_no_torn_file(tribrick_settings: Settings, answer: str) -> None:
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            method = self.rfile.readline()[:4]
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if method == b"HEAD" else answer.encode()))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tribrick_settings(COPIES=[{"name": "web", "kind": "http", "address": f"http://127.0.0.1:{server.server_address[1]}/"}])
+        row = add(b"half of it")
+        try:
+            code, said = tribrick("audit")
+        finally:
+            server.shutdown()
+    assert code == 1 and findings(said) == {("web", "unreadable", row.name)}
 
 
 def test_a_web_server_that_is_away(tribrick_settings: Settings) -> None:
