@@ -1287,6 +1287,9 @@ def _expire(options: argparse.Namespace) -> int:
         directory, keep = Path(config.place) / "snapshots", {kind: getattr(config, kind) for kind in keep}
     keep |= {kind: value for kind in keep if (value := getattr(options, kind)) is not None}
     gone = [one.name for one in expired(read_snapshots(directory), **keep)]
+    if options.apply and options.directory:  # where no run of a mirror does it
+        for left in directory.glob(".expired-*"):
+            shutil.rmtree(left)
     for name in gone if options.apply else ():
         remove_snapshot(directory, name)
     if options.json:

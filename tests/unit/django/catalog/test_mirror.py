@@ -878,8 +878,19 @@ def test_a_snapshot_is_gone_before_its_files_are(config: Config, monkeypatch: py
         with pytest.raises(KeyboardInterrupt):
             mirror.remove_snapshot(place.parent, place.name)
     assert Mirror(config).snapshots() == []
+    assert len(list(place.parent.iterdir())) == 1
     run(config)
     assert len(list(place.parent.iterdir())) == 1, "the next run removes the rest"
+
+
+def test_off_site_the_next_expire_removes_what_a_killed_one_left(config: Config) -> None:
+    run(config)
+    place = only_snapshot(config)
+    shutil.copytree(place, place.parent / ".expired-2026-01-01T10-00-00Z")
+    assert mirror.main(["expire", "--directory", str(place.parent)]) == 0
+    assert len(list(place.parent.iterdir())) == 2
+    assert mirror.main(["expire", "--directory", str(place.parent), "--apply"]) == 0
+    assert list(place.parent.iterdir()) == [place]
 
 
 @pytest.fixture
