@@ -120,8 +120,11 @@ class Side:
         self.history.chmod(0o700)
         self._mark()
 
-    def check(self) -> None:
-        """Raise :class:`~tribrick.sync.state.SyncError` unless the root is the one that the state was begun for."""
+    def check(self) -> bool:
+        """Raise :class:`~tribrick.sync.state.SyncError` unless the root is the one that the state was begun for.
+
+        Returns whether changes are counted under another name from now on.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 root = _opened(stack, os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -141,14 +144,17 @@ class Side:
                 ) from error
         if found != self.state.meta("id"):
             raise SyncError(f"{self.root} belongs to another state than {self.state.path}")
-        if mark != self.state.meta("mark"):
-            # A process was killed, or one of the two is a restored copy. Then counts may have been given before.
-            with self.state.transaction():
-                self.state.rename()
+        if mark == self.state.meta("mark") and mark.endswith(_boot()):
+            return False
+        # A process was killed, or one of the two is a restored copy, or both are, as those of a machine that was set
+        # back: that one has booted since. Then counts may have been given before.
+        with self.state.transaction():
+            self.state.rename()
+        return True
 
     def _mark(self) -> None:
         """Leave the same mark in the directory and in the state, before changes are counted."""
-        mark = secrets.token_hex(8)
+        mark = f"{secrets.token_hex(8)} {_boot()}"
         told = {"tribrick": 1, "state": self.state.meta("id"), "mark": mark}
         _write(self.history / _SIDE, json.dumps(told).encode())
         with self.state.transaction():
@@ -191,8 +197,10 @@ class Side:
         A directory that cannot be read ends the scan before anything is recorded, and so do more
         deletions than :func:`tribrick.sync.plan.too_many` lets pass; *accept* is the number agreed to.
         """
-        self.check()
+        renamed = self.check()
         if not self.dry:
+            if renamed:
+                self._mark()  # once is enough
             self.recover()
         found, known = Scan(), self.state.stamps()
         changed: list[tuple[str, Stamp]] = []
@@ -561,6 +569,14 @@ def _reason(error: Exception) -> str:
 def _opened(stack: contextlib.ExitStack, descriptor: int) -> int:
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _boot() -> str:
+    """Return the kernel's name of this boot; nothing where it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _token() -> str:

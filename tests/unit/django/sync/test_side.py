@@ -374,8 +374,10 @@ def test_a_linked_history_costs_no_space(place: Any) -> None:
         assert side.scan().recorded == 0
 
 
-@pytest.mark.parametrize("restored", ["state", "directory"])
-def test_after_a_restore_no_count_is_given_twice(place: Any, tmp_path: Path, restored: str) -> None:
+@pytest.mark.parametrize("restored", ["state", "directory", "both"])
+def test_after_a_restore_no_count_is_given_twice(
+    place: Any, monkeypatch: pytest.MonkeyPatch, restored: str
+) -> None:
     place.write("a.jpg", b"one")
     place.scan()
     side = place.root / HISTORY / "side.json"
@@ -384,10 +386,12 @@ def test_after_a_restore_no_count_is_given_twice(place: Any, tmp_path: Path, res
         place.write("a.jpg", data)
         place.scan()
     [later] = heads(place, "a.jpg")
-    if restored == "state":
+    if restored != "directory":
         place.path.write_bytes(backup[0])
-    else:
+    if restored != "state":
         side.write_bytes(backup[1])
+    if restored == "both":  # a machine that was set back has booted
+        monkeypatch.setattr(side_module, "_boot", lambda: "another")
     place.write("a.jpg", b"four")
     place.scan()
     with State.open(place.path) as state:
@@ -395,7 +399,20 @@ def test_after_a_restore_no_count_is_given_twice(place: Any, tmp_path: Path, res
         assert not again.vector < later.vector, "who knows the later one must not take this for an earlier one"
         state.add([later])
         copies = state.settle()
-    assert len(copies) == (1 if restored == "state" else 0), "neither is lost"
+    assert len(copies) == (0 if restored == "directory" else 1), "neither is lost"
+
+
+def test_another_name_is_taken_once_a_boot(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time costs the peers a look at everything."""
+    place.write("a.jpg", b"one")
+    place.scan()
+    before, _lines = told(place)
+    monkeypatch.setattr(side_module, "_boot", lambda: "another")
+    place.scan()
+    after, _lines = told(place)
+    assert after != before
+    place.scan()
+    assert told(place)[0] == after
 
 
 def told(place: Any, after: int = 0, known: str = "-") -> tuple[str, list[Any]]:
