@@ -676,10 +676,12 @@ def _empty_quarantine(copy: PathCopy) -> int:
             continue
         if put_there + timedelta(days=1) > oldest:
             continue
-        for directory, _directories, files in os.walk(day, topdown=False):
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-                count += 1
+        for directory, directories, files in os.walk(day, topdown=False):
+            for name in [*files, *directories]:
+                path = os.path.join(directory, name)
+                if name in files or os.path.islink(path):  # a link to a directory counts as one
+                    os.unlink(path)
+                    count += 1
             os.rmdir(directory)
     return count
 

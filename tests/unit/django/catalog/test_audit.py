@@ -663,6 +663,18 @@ def test_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list((root() / audit.QUARANTINE).iterdir()) == []
 
 
+def test_sweep_empties_the_quarantine_of_a_link_to_a_directory(mirror: Path, tmp_path: Path) -> None:
+    row = add()
+    copy_to(mirror, row)
+    (root() / row.name).unlink()
+    (root() / row.name).symlink_to(tmp_path)
+    assert tribrick("reconcile", "--host", "storage", "--apply")[0] == 0
+    (day,) = (root() / audit.QUARANTINE).iterdir()
+    day.rename(day.with_name("2026-01-01"))
+    assert tribrick("sweep", "--apply")[1]["expired"] == 1
+    assert list((root() / audit.QUARANTINE).iterdir()) == [] and list(tmp_path.iterdir())
+
+
 def test_sweep_takes_temporary_files_of_killed_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     (root() / "photos").mkdir()
     rests = {"photos/." + "a" * 20 + ".part", "." + "b" * 20 + ".part"}
