@@ -892,7 +892,8 @@ class Mirror:
                 "lost its last changes; see docs/catalog.md, 'The database lost changes'"
             )
         own = next(ledger.changes(after=number - 1), None) if number else None
-        if own is not None and (own.kind, own.sha256, str(own.size)) != tuple(map(change.get, ("kind", "sha256", "size"))):
+        theirs = tuple(map(change.get, ("kind", "sha256", "size")))
+        if own is not None and (own.kind, own.sha256, str(own.size)) != theirs:
             raise Away(
                 f"no snapshot: the database has another change {number} than the ledger, so its files are not these: "
                 "it lost changes and has new ones; see docs/catalog.md, 'The database lost changes'"

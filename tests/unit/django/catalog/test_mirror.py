@@ -666,9 +666,10 @@ def test_killed_while_spoilt_bytes_are_mended(config: Config, monkeypatch: pytes
     row = add(b"good bytes")
     run(config)
     (Path(config.place) / "current" / row.name).write_bytes(b"bad bytes!")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Mirror, step, lambda *_words: signal.raise_signal(signal.SIGINT))
-        run(config, full=True, snapshot=False)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, full=True, snapshot=False)
     assert run(config, full=True, snapshot=False).problems == []
     assert current(config) == {row.name: b"good bytes"} and mirror.verify(only_snapshot(config)) == []
 
@@ -1157,4 +1158,3 @@ def test_restic_gets_the_snapshot_and_its_password_by_the_environment(
     instead("restic", "echo Fatal: no repository >&2; exit 10")
     with pytest.raises(Away, match="no repository"):
         run(config, snapshot=True)
-

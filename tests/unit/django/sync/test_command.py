@@ -550,9 +550,10 @@ def test_a_first_run_that_was_killed_goes_on(on: Any, places: Any, monkeypatch: 
     def killed(_side: Side) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Side, "begin", killed)
-        on("n1", "run", "--init", "--no-catalog", peers=[])
+        with pytest.raises(KeyboardInterrupt):
+            on("n1", "run", "--init", "--no-catalog", peers=[])
     assert on("n1", "run", peers=[])[0] == 0 and on("n1", "status")[1]["files"] == 1
 
 

@@ -375,9 +375,7 @@ def test_a_linked_history_costs_no_space(place: Any) -> None:
 
 
 @pytest.mark.parametrize("restored", ["state", "directory", "both"])
-def test_after_a_restore_no_count_is_given_twice(
-    place: Any, monkeypatch: pytest.MonkeyPatch, restored: str
-) -> None:
+def test_after_a_restore_no_count_is_given_twice(place: Any, monkeypatch: pytest.MonkeyPatch, restored: str) -> None:
     place.write("a.jpg", b"one")
     place.scan()
     side = place.root / HISTORY / "side.json"
