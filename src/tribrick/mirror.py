@@ -476,10 +476,15 @@ class Mirror:
             if snapshot or (snapshot is None and due(_now(), self.snapshots())):
                 self._snapshot(ledger)
         self.expire()
-        if self.config.push:
-            self._push()
-        if self.config.restic:
-            self._push_restic()
+        away: list[MirrorError] = []
+        for wanted, send in ((self.config.push, self._push), (self.config.restic, self._push_restic)):
+            try:
+                if wanted:
+                    send()
+            except MirrorError as error:  # the other one is sent to all the same
+                away.append(error)
+        for one in away:
+            raise one
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -839,7 +844,7 @@ class Mirror:
             {
                 "format": 1, "snapshot": name, "node": self.config.node, "number": number,
                 "chain": ledger.chain(number) or "", "good": not problems, "problems": problems[:SHOWN],
-                "deleted_meanwhile": gone[:SHOWN], "files": self.state.files, "bytes": self.state.bytes,
+                "deleted_meanwhile": gone, "files": self.state.files, "bytes": self.state.bytes,
                 "dump": _file_hash(new / "database.dump"), "manifest": manifest,
             },
         )  # fmt: skip

@@ -518,6 +518,25 @@ def test_deleted_after_the_dump_and_before_the_copy(config: Config) -> None:
     assert current(config) == {rows[1].name: b"after the dump"}
 
 
+def test_many_that_were_deleted_after_the_dump(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "SHOWN", 1)
+    one = Mirror(config)
+    dump = one._dump
+
+    def late(target: Path) -> Any:
+        rows = [add(), add()]
+        newest = dump(target)
+        for row in rows:
+            catalog.delete(row)
+        ledger.follow_once(config.ledger)
+        return newest
+
+    run(config)
+    one._dump = late  # type: ignore[method-assign]
+    report = one.run(snapshot=True)
+    assert mirror.verify(Path(config.place) / "snapshots" / report.snapshot) == []
+
+
 def test_database_away(config: Config, database_away: Any) -> None:
     row = add(b"one")
     ledger.follow_once(config.ledger)
@@ -1158,3 +1177,15 @@ def test_restic_gets_the_snapshot_and_its_password_by_the_environment(
     instead("restic", "echo Fatal: no repository >&2; exit 10")
     with pytest.raises(Away, match="no repository"):
         run(config, snapshot=True)
+
+
+def test_one_off_site_copy_that_is_away_does_not_stop_the_other(config: Config, instead: Any) -> None:
+    instead("restic", "exit 0")
+    push = {"target": "nobody@127.0.0.1:", "port": 1, "identity": "/nowhere", "known_hosts": "/nowhere"}
+    config = changed(config, push=push, restic={"repository": "/far", "password": "secret"})
+    add()
+    one = Mirror(config)
+    ledger.follow_once(config.ledger)
+    with pytest.raises(Away, match="off-site copy to nobody"):
+        one.run()
+    assert one.report.pushed == ["/far"]
