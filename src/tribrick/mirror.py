@@ -1267,7 +1267,8 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"snapshot": one.name, "wrong": wrong}))
     else:
-        print("\n".join([*wrong, f"{one.name}: {len(wrong)} differences"]))
+        text = "\n".join([*wrong, f"{one.name}: {len(wrong)} differences"])
+        print(text.encode(errors="backslashreplace").decode())  # a foreign name may be no text
     return 1 if wrong else 0
 
 

@@ -155,6 +155,16 @@ def test_young_files_are_not_called_extra() -> None:
     assert (code, said["young"], said["findings"]) == (0, 1, [])
 
 
+@pytest.mark.parametrize("what", ["audit", "reconcile", "sweep", "adopt"])
+def test_a_name_that_is_no_text_is_told(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    age(root(), monkeypatch)
+    (root() / os.fsdecode(b"\xe9t\xe9.jpg")).write_bytes(b"of another time")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    with contextlib.suppress(CommandError):
+        call_command("tribrick", what, stdout=out, stderr=io.StringIO())
+    assert b"t\\udce9.jpg" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
 def test_one_copy_only(mirror: Path) -> None:
     add()
     assert tribrick("audit", "--copy", "storage")[0] == 0

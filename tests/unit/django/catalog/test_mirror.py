@@ -786,7 +786,9 @@ def test_foreign_files_come_along_once_a_week(config: Config, monkeypatch: pytes
     assert tree(only_snapshot(config) / "files") == wanted, "a snapshot does not change with the mirror"
 
 
-def test_a_foreign_name_that_is_no_text(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_name_that_is_no_text(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(mirror, "YOUNG", 0.0)
     name = os.fsdecode(b"\xe9t\xe9.jpg")
     (root() / name).write_bytes(b"of another time")
@@ -795,6 +797,9 @@ def test_a_foreign_name_that_is_no_text(config: Config, monkeypatch: pytest.Monk
     assert report.problems == report.volume == [] and report.good and report.foreign == 1
     assert current(config) == {row.name: b"one", name: b"of another time"}
     assert mirror.verify(only_snapshot(config)) == []
+    (only_snapshot(config) / "files" / name).unlink()
+    assert mirror.main(["--config", write(config), "verify"]) == 1
+    assert "missing: \\udce9t\\udce9.jpg" in capsys.readouterr().out
 
 
 def test_hostile_names_of_the_catalog(config: Config) -> None:
