@@ -434,7 +434,8 @@ class Side:
             return -1
         new, kept = self.history / "incoming" / token, self.object(step.after.sha256)
         times = (step.after.modified, step.after.modified)
-        if self.linked:
+        # What another name shows already is copied: whoever writes into one of two links changes both.
+        if self.linked and kept.stat().st_nlink == 1:
             os.link(kept, new)
             file = _opened(stack, os.open(new, _FILE))
             sha256 = _copy(file, None)

@@ -374,6 +374,17 @@ def test_a_linked_history_costs_no_space(place: Any) -> None:
         assert side.scan().recorded == 0
 
 
+def test_linked_files_of_one_content_do_not_change_together(place: Any) -> None:
+    place.write("first.jpg", b"one")
+    with place.open(linked=True) as side:
+        side.scan()
+    apply(place, wish(place, "a.jpg", b"one"), wish(place, "b.jpg", b"one"), linked=True)
+    (place.root / "a.jpg").write_bytes(b"two")  # in place, as SFTP does
+    assert place.tree() == {"first.jpg": b"one", "a.jpg": b"two", "b.jpg": b"one"}
+    with place.open(linked=True) as side:
+        assert side.scan().changed == ["a.jpg"]
+
+
 @pytest.mark.parametrize("restored", ["state", "directory", "both"])
 def test_after_a_restore_no_count_is_given_twice(place: Any, monkeypatch: pytest.MonkeyPatch, restored: str) -> None:
     place.write("a.jpg", b"one")
