@@ -170,6 +170,10 @@ class Side:
         """Whether a content is here."""
         return self.object(sha256).exists()
 
+    def _keeps(self, sha256: str) -> bool:
+        """Whether a content is here, also when somebody may have written into it under another name."""
+        return self.has(sha256) and (not self.linked or _hash(self.object(sha256)) == sha256)
+
     def keep(self, files: Iterable[tuple[Path, str]]) -> None:
         """Move files of the history's own into their places, all of them durable.
 
@@ -527,7 +531,7 @@ class Side:
             if path.with_name(f"{token}.new").exists():
                 self._put_back(path, name)
             usual = {after.sha256, *([before.sha256] if before else [])}
-            if sha256 in usual and self.has(sha256):
+            if sha256 in usual and self._keeps(sha256):
                 continue
             _sync(path)
             os.link(path, self._place(sha256, directories))

@@ -385,6 +385,17 @@ def test_linked_files_of_one_content_do_not_change_together(place: Any) -> None:
         assert side.scan().changed == ["a.jpg"]
 
 
+def test_what_is_removed_is_kept_though_its_history_was_just_overwritten(place: Any) -> None:
+    for name in ("a.jpg", "b.jpg"):  # the history shares its bytes with the first
+        place.write(name, b"one")
+        with place.open(linked=True) as side:
+            side.scan()
+    place.write("a.jpg", b"two")  # in place, after the last scan
+    assert place.contents() == {b"two"}
+    assert apply(place, wish(place, "b.jpg", None), linked=True).removed == ["b.jpg"]
+    assert place.contents() == {b"one"}
+
+
 @pytest.mark.parametrize("restored", ["state", "directory", "both"])
 def test_after_a_restore_no_count_is_given_twice(place: Any, monkeypatch: pytest.MonkeyPatch, restored: str) -> None:
     place.write("a.jpg", b"one")
