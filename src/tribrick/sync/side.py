@@ -369,7 +369,7 @@ class Side:
             except BaseException:
                 new.unlink(missing_ok=True)
                 raise
-            if self.has(sha256):
+            if self._keeps(sha256):
                 new.unlink()
             else:
                 taken.append((new, sha256))

@@ -396,6 +396,21 @@ def test_what_is_removed_is_kept_though_its_history_was_just_overwritten(place: 
     assert place.contents() == {b"one"}
 
 
+def test_what_is_recorded_is_kept_though_the_history_was_just_overwritten(place: Any) -> None:
+    place.write("a.jpg", b"one")
+    with place.open(linked=True) as side:
+        side.scan()
+    place.write("b.jpg", b"one")
+    changed = (place.root / "b.jpg").stat().st_ctime_ns
+    while time.time_ns() < changed + 1_000_000_000:
+        time.sleep(0.01)  # ask again: b.jpg is to be older than a.jpg
+    place.write("a.jpg", b"two")
+    with place.open(linked=True) as side:
+        found = side.scan(quiet=0.9)
+    assert (found.new, found.young) == (["b.jpg"], ["a.jpg"])
+    assert place.contents() == {b"one"}, "peers ask for it"
+
+
 @pytest.mark.parametrize("restored", ["state", "directory", "both"])
 def test_after_a_restore_no_count_is_given_twice(place: Any, monkeypatch: pytest.MonkeyPatch, restored: str) -> None:
     place.write("a.jpg", b"one")
