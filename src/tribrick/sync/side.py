@@ -449,7 +449,8 @@ class Side:
             sha256 = _copy(file, None) if _clone(source, file) else _copy(source, file)
         if sha256 != step.after.sha256:
             new.unlink()
-            raise SyncError(f"the history's copy of it is damaged: {kept}")
+            kept.unlink()  # no content of anybody's: the next run fetches it
+            raise SyncError(f"the history's copy of it was damaged: {kept}")
         os.fchmod(file, self._mode_of(step))
         os.utime(file, ns=times)
         return file

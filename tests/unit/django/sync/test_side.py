@@ -16,7 +16,7 @@ import pytest
 from tribrick.sentinel import HISTORY
 from tribrick.sync import door, versions
 from tribrick.sync import side as side_module
-from tribrick.sync.plan import Step
+from tribrick.sync.plan import Step, plan
 from tribrick.sync.side import Side
 from tribrick.sync.state import Busy, Stamp, State, StateDamaged, SyncError
 
@@ -330,6 +330,9 @@ def test_a_damaged_history_is_not_shown(place: Any) -> None:
     assert "damaged" in done.failed["a.jpg"] and place.tree() == {"a.jpg": b"old"}
     with State.open(place.path) as state:
         assert state.dirty() == ["a.jpg"], "it is tried again"
+    with place.open() as side:
+        made = plan({"a.jpg": [step.after]}, {}, {one for one in [step.after.sha256] if side.has(one)})
+    assert [fetch.contents for fetch in made.fetches] == [((step.after.sha256, ""),)], "and fetched from a peer"
 
 
 def test_no_link_is_followed_when_writing(place: Any, tmp_path: Path) -> None:
