@@ -162,6 +162,8 @@ class Restore:
         """Give a row to a file that the database does not know, because it is newer, or foreign."""
         if len(name) > catalog.NAME_LENGTH:
             raise AuditError(f"its name is longer than {catalog.NAME_LENGTH} characters")
+        if MediaFile.objects.using(catalog.database()).filter(name=name).exists():
+            raise AuditError("the catalog has a file of this name, in another storage")
         seen = self._seen(self.copy, name)
         if told is not None and (seen.sha256, seen.size) != told[1:]:
             raise AuditError("the mirror has other bytes than were written down for it")

@@ -92,6 +92,14 @@ def test_a_restore_of_one_does_not_adopt_the_files_of_another(nested: None, tmp_
     assert set(MediaFile.objects.values_list("name", "storage")) == {(own, "default"), (private, "private")}
 
 
+def test_a_restore_writes_no_file_that_cannot_get_a_row(apart: Path, tmp_path: Path) -> None:
+    """Its name is another file's, in another directory: what was written would be served, and nobody knew of it."""
+    (tmp_path / "b/logo.png").unlink()
+    done = Restore(tmp_path / "a", alias="b", apply=True).run()
+    assert list(done.refused) == ["logo.png"] and list((tmp_path / "b").iterdir()) == []
+    assert list(Restore(tmp_path / "a", alias="b").run().refused) == ["logo.png"], "it is said before, too"
+
+
 def test_what_a_storage_without_rows_made_is_no_stray(nested: None) -> None:
     rendition = storages["renditions"].save("images/x.jpg", ContentFile(b"x"))
     found = audit.strays("renditions")
