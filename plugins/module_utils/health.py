@@ -825,7 +825,7 @@ def see_databases(config: Config) -> list[Finding]:
 
 def see_ledger(config: Config) -> list[Finding]:
     try:
-        age = time.time() - os.stat(config.ledger).st_mtime if config.ledger else None
+        age = abs(time.time() - os.stat(config.ledger).st_mtime) if config.ledger else None
     except OSError:
         age = None
     return judge_ledger(config, age)
@@ -844,7 +844,8 @@ def see_mirror(config: Config) -> list[Finding]:
         last, problems = float(state["good"]) or last, [str(one) for one in state["problems"]]
     except FileNotFoundError:
         problems = ["it has not run yet"]
-    return judge_mirror(config, time.time() - last, problems)
+    # A time that is still to come is that of a clock that was set back: the last good run may be any age.
+    return judge_mirror(config, abs(time.time() - last), problems)
 
 
 def judge_fallback(config: Config, mark: Mapping[str, Any] | None, held: float | None) -> list[Finding]:

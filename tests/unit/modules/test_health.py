@@ -223,6 +223,13 @@ def test_the_ledger():
     assert only(health.judge_ledger(CONFIG, 400)).severity == "warning"
 
 
+def test_a_ledger_of_a_clock_that_ran_ahead(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.touch()
+    os.utime(path, (time.time() + 86400, time.time() + 86400))
+    assert len(health.see_ledger(replace(CONFIG, ledger=str(path)))) == 1
+
+
 def test_the_mirror(tmp_path):
     assert health.judge_mirror(CONFIG, 10799) == []
     said = only(health.judge_mirror(CONFIG, 10801, ["the volume is away", "and more"]))
@@ -240,6 +247,8 @@ def test_the_mirror(tmp_path):
     state = {"good": time.time() - 60, "problems": []}
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert health.see_mirror(config) == []
+    (tmp_path / "state.json").write_text(json.dumps({**state, "good": time.time() + 86400 * 400}))
+    assert len(health.see_mirror(config)) == 1, "a clock that ran ahead"
     (tmp_path / "state.json").write_text(json.dumps({"good": old, "problems": ["pg_dump ended with 1"]}))
     assert "pg_dump ended with 1" in only(health.see_mirror(config)).what
     (tmp_path / "state.json").write_text(json.dumps({"good": 0, "problems": ["never well"]}))
