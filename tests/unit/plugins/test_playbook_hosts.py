@@ -1,8 +1,9 @@
-"""Playbooks that must see certain hosts, run by Ansible itself where they do not. They end before they change anything."""
+"""Playbooks that must see certain hosts, run by Ansible itself where they do not. They end before any change."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,11 +43,11 @@ def play(tmp_path: Path):
         if dead:
             text = text.replace(dead, f"{dead} ansible_connection=ssh ansible_host=127.0.0.1 ansible_port=9", 1)
         (tmp_path / "hosts.ini").write_text(text, encoding="utf-8")
+        settings = {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", "ANSIBLE_SSH_RETRIES": "0"}
         return subprocess.run(
             [sys.executable, "-m", "ansible", "playbook", f"--inventory={tmp_path}/hosts.ini",
              str(ROOT / "playbooks" / name), *words],
-            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", "ANSIBLE_SSH_RETRIES": "0"},
-            capture_output=True, text=True, timeout=120, check=False,
+            env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
     return run
@@ -65,3 +66,28 @@ def play(tmp_path: Path):
 def test_what_needs_every_node_is_not_done_on_some(play, name: str, limit: str) -> None:
     done = play(name, "-e", "node=node2", "-e", "confirm=yes", "--limit", limit)
     assert done.returncode == 2 and "run it again without --limit" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("limit", [(), ("--limit", "node2")])
+def test_the_page_of_health_judges_whoever_was_asked(play, limit: tuple[str, ...]) -> None:
+    done = play("check_health.yml", *limit)
+    asked = ["node2"] if limit else ["node1", "node2", "node3"]
+    assert done.returncode == 2
+    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ERROR ")]
+    assert found == [f"{name}:" for name in asked], done.stdout
+
+
+@pytest.mark.parametrize("name", ["recover_mount.yml", "reboot_nodes.yml", "restore_media.yml"])
+def test_a_node_that_nobody_has_is_refused(play, name: str) -> None:
+    done = play(name, "-e", "node=node7", "-e", "confirm=yes", "-e", "everything=yes", "--check")
+    assert done.returncode == 2 and "has no host node7" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_dead_host_does_not_keep_the_mounts_of_the_others_away(play) -> None:
+    done = play("recover_mount.yml", "--check", dead="node1")
+    assert done.returncode == 4, done.stdout + done.stderr
+    recap = done.stdout.partition("PLAY RECAP")[2]
+    assert re.search(r"node1 .*unreachable=1", recap)
+    assert re.search(r"node2 .*changed=1 .*failed=0", recap) and re.search(r"node3 .*changed=1 .*failed=0", recap), (
+        recap
+    )
