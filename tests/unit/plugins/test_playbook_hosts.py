@@ -29,6 +29,7 @@ tribrick_brick_path={work}/disk/brick
 tribrick_media_root={work}/media
 tribrick_allow_shared_filesystem=true
 tribrick_user=tribrick
+tribrick_upload_directories=["photos"]
 vault_tribrick_gluster_ca_certificate=none
 vault_tribrick_gluster_ca_key=none
 """
@@ -91,3 +92,13 @@ def test_a_dead_host_does_not_keep_the_mounts_of_the_others_away(play) -> None:
     assert re.search(r"node2 .*changed=1 .*failed=0", recap) and re.search(r"node3 .*changed=1 .*failed=0", recap), (
         recap
     )
+
+
+@pytest.mark.parametrize("name", ["fallback_enable.yml", "fallback_disable.yml"])
+def test_the_gluster_free_mode_says_how_to_go_on_without_a_dead_host(play, name: str) -> None:
+    done = play(name, "--check", dead="node1")
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert "run it with -e absent=node1" in said, done.stdout
+    assert "node2 cannot ask the catalog" in said, "what speaks against it elsewhere is told, too"
+    assert "PLAY [Hold uploads up]" not in said and "failed=1" in said
