@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 INVENTORY = """
@@ -39,7 +40,7 @@ vault_tribrick_gluster_ca_key=none
 def play(tmp_path: Path):
     """Run a playbook on three hosts that are this machine, of which *dead* do not answer."""
 
-    def run(name: str, *words: str, dead: str = "") -> subprocess.CompletedProcess[str]:
+    def run(name: str | Path, *words: str, dead: str = "") -> subprocess.CompletedProcess[str]:
         text = INVENTORY.format(python=sys.executable, work=tmp_path)
         if dead:
             text = text.replace(dead, f"{dead} ansible_connection=ssh ansible_host=127.0.0.1 ansible_port=9", 1)
@@ -102,3 +103,18 @@ def test_the_gluster_free_mode_says_how_to_go_on_without_a_dead_host(play, name:
     assert "run it with -e absent=node1" in said, done.stdout
     assert "node2 cannot ask the catalog" in said, "what speaks against it elsewhere is told, too"
     assert "PLAY [Hold uploads up]" not in said and "failed=1" in said
+
+
+def test_a_host_that_did_not_answer_is_asked_again_for_its_mode(play, tmp_path: Path) -> None:
+    """What site.yml's first look did not see is seen before anything would take the node back to the volume."""
+    (tmp_path / "fallback.json").write_text("{}", encoding="utf-8")
+    asks = {"ansible.builtin.import_role": {"name": "tribrick.media.media_fallback", "tasks_from": "guard"}}
+    silent = {"ansible.builtin.set_fact": {"__media_fallback_looked": {"unreachable": True, "changed": False}}}
+    for first in (asks, silent):
+        tasks = [{"name": "First", **first}, {"name": "Again", **asks}]
+        written = tmp_path / "play.yml"
+        written.write_text(
+            yaml.safe_dump([{"hosts": "node1", "gather_facts": False, "tasks": tasks}]), encoding="utf-8"
+        )
+        done = play(written, "-e", f"__media_fallback_mark={tmp_path}/fallback.json")
+        assert done.returncode == 2 and "node1 is in Gluster-free mode" in done.stdout, done.stdout + done.stderr
