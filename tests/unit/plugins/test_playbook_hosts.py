@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -118,3 +119,18 @@ def test_a_host_that_did_not_answer_is_asked_again_for_its_mode(play, tmp_path: 
         )
         done = play(written, "-e", f"__media_fallback_mark={tmp_path}/fallback.json")
         assert done.returncode == 2 and "node1 is in Gluster-free mode" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture
+def bricks(tmp_path: Path) -> Path:
+    """Three bricks, of which node2's has other bytes."""
+    for name in ("node1", "node2", "node3"):
+        (tmp_path / name / ".glusterfs").mkdir(parents=True)
+        (tmp_path / name / "a.jpg").write_bytes(b"bad " if name == "node2" else b"good")
+    return tmp_path
+
+
+def test_check_mode_asks_the_catalog_for_what_it_would_choose_by(play, bricks: Path) -> None:
+    brick = json.dumps({"tribrick_brick_path": str(bricks / "{{ inventory_hostname }}")})
+    done = play("recover_split_brain.yml", "--check", "-e", "confirm=yes", "-e", brick)
+    assert "/usr/local/bin/tribrick-manage" in done.stdout, done.stdout + done.stderr
