@@ -437,7 +437,7 @@ def test_the_quarantine_tells_names_and_times(brick, monkeypatch):
     record = bytes.fromhex("01" + 16 * "0" + 2 * "000000006b07cdea000000001bf42b9e" + 32 * "0")
 
     def getxattr(path, name, follow_symlinks=True):
-        if not path.endswith(GFID):
+        if not path.endswith(GFID) or not name.endswith("mdata"):
             raise OSError
         return record
 
@@ -450,6 +450,30 @@ def test_the_quarantine_tells_names_and_times(brick, monkeypatch):
     assert {name: sorted(times) for name, times in brick_quarantine.held(str(quarantine)).items()} == {
         "photos/a.jpg": [7, 9, 0x6B07CDEA * 10**9 + 0x1BF42B9E]
     }
+
+
+@pytest.mark.parametrize("name", ["photos/" + "ü" * 110 + ".jpg", "photos/100%.jpg"])
+def test_a_long_name_and_one_with_a_percent_sign_are_moved_and_told(brick, monkeypatch, name):
+    root, _, quarantine = brick
+    kept: dict[tuple[int, str], bytes] = {}
+
+    def getxattr(path, attribute, follow_symlinks=True):
+        try:
+            return kept[os.lstat(path).st_ino, attribute]
+        except KeyError:
+            raise OSError from None
+
+    monkeypatch.setattr(os, "getxattr", getxattr, raising=False)
+
+    def setxattr(path, attribute, value):
+        kept[os.lstat(path).st_ino, attribute] = value
+
+    monkeypatch.setattr(os, "setxattr", setxattr, raising=False)
+    for content in (b"bad", b"worse"):
+        (root / name).write_bytes(content)
+        brick_quarantine.move(str(root), str(quarantine), name, GFID)
+    assert not (root / name).exists() and len(list(quarantine.iterdir())) == 2
+    assert {name: len(times) for name, times in brick_quarantine.held(str(quarantine)).items()} == {name: 2}
 
 
 def test_what_was_mended_gets_another_time_once(tmp_path):
