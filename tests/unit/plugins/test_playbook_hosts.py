@@ -134,3 +134,10 @@ def test_check_mode_asks_the_catalog_for_what_it_would_choose_by(play, bricks: P
     brick = json.dumps({"tribrick_brick_path": str(bricks / "{{ inventory_hostname }}")})
     done = play("recover_split_brain.yml", "--check", "-e", "confirm=yes", "-e", brick)
     assert "/usr/local/bin/tribrick-manage" in done.stdout, done.stdout + done.stderr
+
+
+def test_hosts_without_a_volume_are_rebooted_without_one(play) -> None:
+    extra = json.dumps({"confirm": True, "media_backend": "hybrid", "reboot_command": "true"})
+    done = play("reboot_nodes.yml", "--check", "-e", extra)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipping: [node3]" in done.stdout.partition("Wait for its mount")[2], "the last one, too"
