@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 
@@ -141,3 +142,18 @@ def test_hosts_without_a_volume_are_rebooted_without_one(play) -> None:
     done = play("reboot_nodes.yml", "--check", "-e", extra)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipping: [node3]" in done.stdout.partition("Wait for its mount")[2], "the last one, too"
+
+
+@pytest.mark.parametrize(
+    ("settings", "fails"), [("INSTALLED_APPS = []", False), ("raise ValueError", True), ("import nothing_here", True)]
+)
+def test_a_site_that_cannot_be_asked_is_not_one_without_a_catalog(tmp_path: Path, settings: str, fails: bool) -> None:
+    """Files whose unlink was lost would stay, and recover_quorum would end well."""
+    (tmp_path / "chosen.py").write_text(settings, encoding="utf-8")
+    words = os.environ | {"DJANGO_SETTINGS_MODULE": "chosen", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "django", "help", "tribrick"]
+    done = subprocess.run(command, env=words, capture_output=True, text=True, timeout=60, check=False)
+    plays = yaml.safe_load((ROOT / "playbooks/recover_quorum.yml").read_text(encoding="utf-8"))
+    [look] = [task for play in plays for task in play["tasks"] if task.get("register") == "__catalog"]
+    judge = jinja2.Environment(autoescape=True).compile_expression(str(look["failed_when"]))
+    assert bool(judge(__catalog={"rc": done.returncode, "stderr": done.stderr})) is fails
