@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -519,6 +520,13 @@ def test_but_not_for_ever(run, clock):
         state="clean", timeout=1000, **HEAL,
     )  # fmt: skip
     assert ended.failed and "no answer within" in str(ended) and 1000 < clock.now < 2000
+
+
+def test_an_answer_that_names_no_brick_is_not_a_clean_one(run):
+    empty = re.sub(r"<brick .*</brick>", "", read("heal_ok"), flags=re.DOTALL)
+    assert "<bricks>" in empty and "<brick " not in empty
+    ended = run(gluster_heal, Gluster({"pool list": read("pool_three"), SUMMARY: empty}), state="clean", **HEAL)
+    assert ended.failed and "names no brick" in str(ended)
 
 
 def test_a_daemon_that_has_just_been_started_may_refuse_for_a_moment(run, clock):
