@@ -232,8 +232,9 @@ def judge_brick(config: Config, brick: Brick) -> list[Finding]:
     heal = "playbooks/recover_heal.yml"
     if not brick.answers:
         text = f"the file system of the brick {path} does not answer"
-        reboot = f"look at the disk; then playbooks/reboot_nodes.yml -e node={node}"
-        return [Finding("brick-hung", node, text, "error", reboot)]
+        # reboot_nodes first waits for a brick that answers, on and on.
+        mend = f"look at the disk; restart {node} by hand, then {heal}"
+        return [Finding("brick-hung", node, text, "error", mend)]
     if not brick.mounted and not config.shared_filesystem:
         text = f"nothing is mounted at {config.brick_mount}, where the brick's file system belongs"
         mend = f"mount the disk, then {heal}; a new disk: playbooks/recover_brick.yml {confirm}"

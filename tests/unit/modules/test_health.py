@@ -96,7 +96,7 @@ def test_a_volume_that_is_missing_stopped_or_without_quorum():
         ({"process": "T"}, "brick-frozen", "recover_heal"),
         ({"volume_id": False}, "brick-wiped", "recover_brick.yml -e node=node1 -e confirm=yes"),
         ({"mounted": False}, "brick-not-mounted", "mount the disk"),
-        ({"answers": False}, "brick-hung", "look at the disk"),
+        ({"answers": False}, "brick-hung", "restart node1 by hand, then playbooks/recover_heal.yml"),
         ({"read_only": True}, "brick-read-only", "repair the disk"),
     ],
 )
