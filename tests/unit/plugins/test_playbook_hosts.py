@@ -157,3 +157,15 @@ def test_a_site_that_cannot_be_asked_is_not_one_without_a_catalog(tmp_path: Path
     [look] = [task for play in plays for task in play["tasks"] if task.get("register") == "__catalog"]
     judge = jinja2.Environment(autoescape=True).compile_expression(str(look["failed_when"]))
     assert bool(judge(__catalog={"rc": done.returncode, "stderr": done.stderr})) is fails
+
+
+def test_a_brick_without_its_disk_is_refused_with_words(play, tmp_path: Path) -> None:
+    [volume, *_] = yaml.safe_load((ROOT / "playbooks/deploy_volume.yml").read_text(encoding="utf-8"))
+    role = next(one for one in volume["roles"] if one["role"].endswith(".gluster_volume"))
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([volume | {"roles": [role]}]), encoding="utf-8")
+    hosts = {name: {"address": f"192.0.2.{at}"} for at, name in enumerate(("node1", "node2", "node3"), 11)}
+    extra = {"tribrick_allow_shared_filesystem": False, "tribrick_hosts": hosts, "tribrick_replica": 3,
+             "tribrick_uid": 2971, "tribrick_gid": 2971}  # fmt: skip
+    done = play(tmp_path / "play.yml", "-e", json.dumps(extra))
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 2 and "/disk on node2: mount the brick's disk" in said, done.stdout + done.stderr
