@@ -65,6 +65,9 @@ def play(tmp_path: Path):
         ("recover_heal.yml", "node2"),  # one brick is the same as itself
         ("recover_split_brain.yml", "node2"),
         ("renew_certificates.yml", "node2"),  # the others would not believe its new CA
+        ("restore_database.yml", "node2"),  # the sites of the others go on meanwhile
+        ("fallback_enable.yml", "node2"),  # the others go on taking uploads, into the volume
+        ("fallback_disable.yml", "node2"),
     ],
 )
 def test_what_needs_every_node_is_not_done_on_some(play, name: str, limit: str) -> None:
