@@ -49,6 +49,9 @@ HELD = "/etc/tribrick/uploads-held"
 # Switching all nodes takes a minute or two.
 HELD_SECONDS = 600
 
+# A unit that waits to be started again after fewer restarts may just have crashed once.
+RESTARTS = 3
+
 # note: passes by itself, shown and not counted; warning: act in the next days; error: act now.
 SEVERITIES = ("note", "warning", "error")
 # journald's levels as a service's output names them.
@@ -129,6 +132,9 @@ def judge_units(node: str, shown: Mapping[str, Mapping[str, str]], now: float, u
         since = now - uptime + int(stamp) / 1e6 if stamp.isdigit() and int(stamp) else None
         if load != "loaded":
             state = "is masked" if load == "masked" else "is not installed"
+        elif values.get("SubState", "").startswith("auto-restart") and int(values.get("NRestarts") or 0) >= RESTARTS:
+            # "activating" between two of them; its last change is a moment ago each time.
+            state, since = f"fails again and again ({values.get('Result')}, {values['NRestarts']} restarts)", None
         elif active in ("active", "activating", "reloading"):
             continue
         else:
@@ -586,7 +592,7 @@ def probe(name: str, command: Sequence[str], limit: float = 4) -> tuple[int, str
 
 
 def see_units(config: Config) -> list[Finding]:
-    properties = "Id,LoadState,ActiveState,Result,StateChangeTimestampMonotonic"
+    properties = "Id,LoadState,ActiveState,SubState,Result,NRestarts,StateChangeTimestampMonotonic"
     _, out, _ = run(["systemctl", "show", "--property", properties, *config.units])
     shown = parse_show(out)
     named = {name: shown.get(name, {}) for name in config.units}

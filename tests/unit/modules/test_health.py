@@ -195,6 +195,15 @@ def test_units_and_since_when():
     assert health.parse_show("nonsense\n\nmore") == {}
 
 
+def test_a_unit_that_fails_again_and_again_is_told_and_one_that_starts_is_not():
+    waiting = {"LoadState": "loaded", "ActiveState": "activating", "SubState": "auto-restart", "Result": "exit-code"}
+    for change, told in (({"NRestarts": "12"}, True), ({"NRestarts": "1"}, False), ({"SubState": "start"}, False)):
+        found = health.judge_units("node1", {"tribrick-origin.service": waiting | change}, now=1000.0, uptime=100.0)
+        assert bool(found) is told
+    found = health.judge_units("node1", {"glusterd.service": waiting | {"NRestarts": "12"}}, now=1000.0, uptime=100.0)
+    assert "fails again and again (exit-code, 12 restarts)" in only(found).what
+
+
 def test_mounts_the_uppermost_counts():
     text = (
         "node1:/media /srv/media fuse.glusterfs rw 0 0\ntmpfs /srv/media tmpfs rw 0 0\nx /srv/me\\040dia ext4 rw 0 0\n"
