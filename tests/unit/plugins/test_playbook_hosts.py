@@ -172,3 +172,11 @@ def test_a_brick_without_its_disk_is_refused_with_words(play, tmp_path: Path) ->
     done = play(tmp_path / "play.yml", "-e", json.dumps(extra))
     said = " ".join(done.stdout.split())
     assert done.returncode == 2 and "/disk on node2: mount the brick's disk" in said, done.stdout + done.stderr
+
+
+def test_nobody_is_told_to_move_files_away_that_lie_on_own_disks(play, tmp_path: Path) -> None:
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.jpg").write_bytes(b"x")
+    done = play("recover_mount.yml", "--check", "-e", "media_backend=hybrid")
+    assert done.returncode == 2 and "move them away" not in done.stdout, done.stdout + done.stderr
+    assert "there is no volume to mount" in " ".join(done.stdout.split())
