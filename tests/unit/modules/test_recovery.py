@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from ansible_collections.tribrick.media.plugins.module_utils import contradictions, gluster, recovery
 from ansible_collections.tribrick.media.plugins.modules import (
     brick_quarantine,
@@ -21,6 +23,8 @@ from ansible_collections.tribrick.media.plugins.modules import (
 )
 
 from .conftest import Gluster, read
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # --- healing ---
 
@@ -256,6 +260,18 @@ def test_the_lost_node_is_forgotten_when_it_has_no_brick(replace):
     assert not ended.failed and fake.changes == [DETACH]
     fake, ended = replace(state="peer")
     assert ended.failed and "has a brick on lost" in str(ended) and not fake.changes
+
+
+def test_whether_the_lost_node_is_gone_is_for_the_others_to_say(replace, clock):
+    """The new one gets through to nobody who has not let it in, so the lost one always looks away from there."""
+    fake, ended = replace(state="gone", node="node2")
+    assert not ended.failed and not ended.result["changed"] and not fake.changes
+    fake, ended = replace(state="gone", node="node2", connected=1)
+    assert ended.failed and "only a node that is gone is replaced" in str(ended) and clock.now >= 45
+    plays = yaml.safe_load((ROOT / "playbooks/recover_node.yml").read_text(encoding="utf-8"))
+    asked = next(at for at, play in enumerate(plays) if '"gone"' in json.dumps(play))
+    assert plays[asked]["hosts"].startswith("gluster_servers:!") and plays[asked]["any_errors_fatal"]
+    assert [play["ansible.builtin.import_playbook"] for play in plays[:asked]] == ["check_fallback.yml"]
 
 
 @pytest.mark.parametrize(
