@@ -180,3 +180,17 @@ def test_nobody_is_told_to_move_files_away_that_lie_on_own_disks(play, tmp_path:
     done = play("recover_mount.yml", "--check", "-e", "media_backend=hybrid")
     assert done.returncode == 2 and "move them away" not in done.stdout, done.stdout + done.stderr
     assert "there is no volume to mount" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["recover_brick.yml", "recover_glusterd.yml", "recover_node.yml"])
+def test_an_empty_name_is_answered_with_words(play, name: str) -> None:
+    done = play(name, "-e", "node=", "-e", "confirm=yes", "--check")
+    assert done.returncode == 2 and "Name the node with -e node=NODE" in " ".join(done.stdout.split()), done.stderr
+
+
+def test_an_empty_lost_name_is_none(play) -> None:
+    """Otherwise the host of the same name would start with an identity that the pool does not know."""
+    given = ((), ("-e", "instead_of="))
+    chosen = [play("recover_node.yml", "-e", "node=node2", *more, "--list-hosts").stdout for more in given]
+    assert "Give it an identity of its own" in chosen[0]
+    assert sorted(chosen[0].splitlines()) == sorted(chosen[1].splitlines())
