@@ -153,6 +153,28 @@ def test_a_brick_is_read_past_gluster(tmp_path):
     assert brick_tree.read(str(one), "gone") == {}
 
 
+def test_names_that_are_no_utf8_are_compared_and_looked_up_too(run, tmp_path, monkeypatch):
+    """Ansible takes no such text from a module, and one of them would end every recovery."""
+    found = []
+    for content in (b"good", b"bad "):
+        (tmp_path / ".glusterfs").mkdir(exist_ok=True)
+        place = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+        os.makedirs(place, exist_ok=True)
+        Path(os.fsdecode(place), os.fsdecode(b"\xfcber.jpg")).write_bytes(content)
+        digests = run(brick_tree, None, path=str(tmp_path)).result["digests"]
+        entries = run(brick_tree, None, path=str(tmp_path), directories=list(digests)).result["entries"]
+        found.append({"digests": digests, "entries": entries})
+        json.dumps(found, ensure_ascii=False).encode()
+    assert recovery.differing_directories({str(at): one["digests"] for at, one in enumerate(found)}) == ["caf\\xe9"]
+    assert set(recovery.differences({str(at): one["entries"] for at, one in enumerate(found)})) == {
+        "caf\\xe9/\\xfcber.jpg"
+    }
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    assert (
+        run(media_lookup, None, root=str(tmp_path), names=["caf\\xe9/\\xfcber.jpg", "caf\\xe9"]).result["looked"] == 2
+    )
+
+
 # --- the mount ---
 
 
