@@ -194,3 +194,9 @@ def test_an_empty_lost_name_is_none(play) -> None:
     chosen = [play("recover_node.yml", "-e", "node=node2", *more, "--list-hosts").stdout for more in given]
     assert "Give it an identity of its own" in chosen[0]
     assert sorted(chosen[0].splitlines()) == sorted(chosen[1].splitlines())
+
+
+def test_days_that_are_no_number_are_refused(play) -> None:
+    """As a number they were 0, so that nothing was renewed, and all looked well."""
+    done = play("renew_certificates.yml", "-e", "confirm=yes", "-e", "within=400d")
+    assert done.returncode == 2 and "certificate_renewal_within" in done.stdout, done.stdout + done.stderr
