@@ -609,9 +609,11 @@ def see_cluster(config: Config) -> list[Finding]:
     try:
         found = judge_pool(config, cli.pool())
         volume = cli.volume(config.volume)
-    except (gluster.GlusterUnavailable, gluster.GlusterMissing) as error:
+    except (gluster.GlusterUnavailable, gluster.GlusterMissing, gluster.GlusterSlow) as error:
         mend = f"playbooks/recover_glusterd.yml -e node={config.node}"
-        return [Finding("glusterd", config.node, error.message, "error", mend)]
+        hangs = f"glusterd runs and gave no answer within {cli.timeout} s"
+        text = hangs if isinstance(error, gluster.GlusterSlow) else error.message
+        return [Finding("glusterd", config.node, text, "error", mend)]
     if any(f.code == "glusterd-state-lost" for f in found):
         return found
     found += judge_volume(config, volume)

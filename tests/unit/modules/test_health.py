@@ -510,3 +510,10 @@ def test_the_address_is_asked_for_wherever_it_is(monkeypatch):
     config = replace(CONFIG, address="127.77.77.77")
     codes = [(finding.code, finding.severity) for finding in health.see_address(config)]
     assert codes == [("address-held", "note"), ("address", "error")]
+
+
+def test_a_glusterd_that_hangs_is_told_with_the_playbook_that_mends_it(monkeypatch):
+    monkeypatch.setattr(health, "run", lambda command, limit=10, given="": (124, "", ""))
+    found = only(health.see_cluster(CONFIG))
+    assert found.code == "glusterd" and "no answer within 20 s" in found.what
+    assert found.command == "playbooks/recover_glusterd.yml -e node=node1"

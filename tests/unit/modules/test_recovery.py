@@ -592,3 +592,35 @@ def test_names_that_wait_are_told_without_the_entries_that_have_only_an_id() -> 
         "</bricks></healInfo></cliOutput>"
     )
     assert recovery.waiting_names(answer) == ["/photos/a.jpg", "/photos/b c.jpg"]
+
+
+# --- a glusterd that hangs ---
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_glusterd_that_runs_and_answers_nothing_is_started_anew(run, clock, monkeypatch, check):
+    pool, volumes = read("pool_three"), read("volume_started")
+    calls: list[str] = []
+
+    def command(words, **_):
+        line = " ".join(words[4:] if words[0] == "timeout" else words)
+        calls.append(line)
+        if line == "systemctl is-active glusterd.service":
+            return 0, "active\n", ""
+        if "gluster " in line:
+            if "systemctl start glusterd.service" not in calls:
+                clock.now += 30
+                return 124, "", ""
+            return 0, pool if "pool list" in line else volumes, ""
+        return 0, "", ""
+
+    own = view("node1")
+    monkeypatch.setattr(gluster_state, "look", lambda node, state="": own)
+    monkeypatch.setattr(gluster_state, "find_brick", lambda path: "S")
+    given = {"views": [view(name, brick=True, running=True) for name in ("node2", "node3")]}
+    words = {"node": "node1", "nodes": NODES, "volume": "media", "brick_path": "/srv/brick"}
+    ended = run(gluster_state, command, check=check, **words, **given)
+    assert not ended.failed and ended.result["changed"] and not ended.result["aside"], str(ended)
+    done = [line for line in calls if line.startswith("systemctl") and "is-active" not in line]
+    killed = "systemctl kill --kill-who=main --signal=SIGKILL glusterd.service"
+    assert done == ([] if check else [killed, "systemctl start glusterd.service"])
