@@ -40,10 +40,12 @@ vault_tribrick_gluster_ca_key=none
 
 @pytest.fixture
 def play(tmp_path: Path):
-    """Run a playbook on three hosts that are this machine, of which *dead* do not answer."""
+    """Run a playbook on three hosts that are this machine; *dead* does not answer, only *apart* run the site."""
 
-    def run(name: str | Path, *words: str, dead: str = "") -> subprocess.CompletedProcess[str]:
+    def run(name: str | Path, *words: str, dead: str = "", apart: str = "") -> subprocess.CompletedProcess[str]:
         text = INVENTORY.format(python=sys.executable, work=tmp_path)
+        if apart:
+            text = text.replace("[app_servers:children]\ngluster_servers", f"[app_servers]\n{apart}")
         if dead:
             text = text.replace(dead, f"{dead} ansible_connection=ssh ansible_host=127.0.0.1 ansible_port=9", 1)
         (tmp_path / "hosts.ini").write_text(text, encoding="utf-8")
@@ -200,3 +202,28 @@ def test_days_that_are_no_number_are_refused(play) -> None:
     """As a number they were 0, so that nothing was renewed, and all looked well."""
     done = play("renew_certificates.yml", "-e", "confirm=yes", "-e", "within=400d")
     assert done.returncode == 2 and "certificate_renewal_within" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["recover_brick", "recover_glusterd", "recover_heal", "recover_quorum", "recover_split_brain"]
+)
+def test_names_are_looked_up_where_the_volume_is_mounted(play, tmp_path: Path, name: str) -> None:
+    """A node that does not run the site has no mount, and names that a brick has lost would be looked up nowhere."""
+    plays = yaml.safe_load((ROOT / "playbooks" / f"{name}.yml").read_text(encoding="utf-8"))
+    variables = next(one["vars"] for one in plays if "recovery_media_root" in one.get("vars", {}))
+    mend = {"ansible.builtin.include_role": {"name": "tribrick.media.recovery", "tasks_from": "mend"}}
+    made = {"hosts": "node1:node3", "gather_facts": False, "vars": variables | {"__recovery_lasting": {"a.jpg": {}}}}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([made | {"tasks": [mend]}]), encoding="utf-8")
+    done = play(tmp_path / "play.yml", apart="node2\nnode3")
+    assert "ok: [node1 -> node2]" in done.stdout and "ok: [node3]" in done.stdout, done.stdout + done.stderr
+
+
+def test_mounts_on_hosts_without_a_brick_forget_wrong_copies_too(play, tmp_path: Path) -> None:
+    [*_, last] = yaml.safe_load((ROOT / "playbooks/recover_split_brain.yml").read_text(encoding="utf-8"))
+    kept = {"ansible.builtin.set_fact": {"__recovery_kept": {"kept": {"a.jpg": [7]}}}}
+    first = {"hosts": "gluster_servers", "gather_facts": False, "tasks": [kept]}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([first, last]), encoding="utf-8")
+    done = play(tmp_path / "play.yml", apart="node2\napp1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [told] = re.findall(r"TASK \[Have mounts without a brick read anew.*?\n\n", done.stdout, re.DOTALL)
+    assert "ok: [app1]" in told and "skipping: [node2]" in told
