@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 
 
@@ -29,3 +30,20 @@ def entry(path: str) -> dict:
     except OSError as error:
         return {"error": os.strerror(error.errno or 0)}
     return found
+
+
+def shown(name: str) -> str:
+    """A name as Ansible takes it from a module: bytes that are no UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def raw(name: str) -> str:
+    """What `shown` made this of, unless it has such words of its own."""
+    return os.fsdecode(
+        re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes.fromhex(found[1].decode()), os.fsencode(name))
+    )
+
+
+def meant(root: str, name: str) -> str:
+    """The name below *root* that `shown` has shown so."""
+    return name if os.path.lexists(os.path.join(root, name)) else raw(name)

@@ -280,6 +280,8 @@ def parse_heal(text: str) -> list[BrickHeal]:
                 healing=_number(item.findtext("numberOfEntriesPossiblyHealing")),
             )
         )
+    if not bricks:  # nothing to heal nowhere would pass for all healed
+        raise GlusterError("gluster's answer names no brick")
     return bricks
 
 

@@ -49,6 +49,9 @@ HELD = "/etc/tribrick/uploads-held"
 # Switching all nodes takes a minute or two.
 HELD_SECONDS = 600
 
+# A unit that waits to be started again after fewer restarts may just have crashed once.
+RESTARTS = 3
+
 # note: passes by itself, shown and not counted; warning: act in the next days; error: act now.
 SEVERITIES = ("note", "warning", "error")
 # journald's levels as a service's output names them.
@@ -129,6 +132,9 @@ def judge_units(node: str, shown: Mapping[str, Mapping[str, str]], now: float, u
         since = now - uptime + int(stamp) / 1e6 if stamp.isdigit() and int(stamp) else None
         if load != "loaded":
             state = "is masked" if load == "masked" else "is not installed"
+        elif values.get("SubState", "").startswith("auto-restart") and int(values.get("NRestarts") or 0) >= RESTARTS:
+            # "activating" between two of them; its last change is a moment ago each time.
+            state, since = f"fails again and again ({values.get('Result')}, {values['NRestarts']} restarts)", None
         elif active in ("active", "activating", "reloading"):
             continue
         else:
@@ -232,8 +238,9 @@ def judge_brick(config: Config, brick: Brick) -> list[Finding]:
     heal = "playbooks/recover_heal.yml"
     if not brick.answers:
         text = f"the file system of the brick {path} does not answer"
-        reboot = f"look at the disk; then playbooks/reboot_nodes.yml -e node={node}"
-        return [Finding("brick-hung", node, text, "error", reboot)]
+        # reboot_nodes first waits for a brick that answers, on and on.
+        mend = f"look at the disk; restart {node} by hand, then {heal}"
+        return [Finding("brick-hung", node, text, "error", mend)]
     if not brick.mounted and not config.shared_filesystem:
         text = f"nothing is mounted at {config.brick_mount}, where the brick's file system belongs"
         mend = f"mount the disk, then {heal}; a new disk: playbooks/recover_brick.yml {confirm}"
@@ -585,7 +592,7 @@ def probe(name: str, command: Sequence[str], limit: float = 4) -> tuple[int, str
 
 
 def see_units(config: Config) -> list[Finding]:
-    properties = "Id,LoadState,ActiveState,Result,StateChangeTimestampMonotonic"
+    properties = "Id,LoadState,ActiveState,SubState,Result,NRestarts,StateChangeTimestampMonotonic"
     _, out, _ = run(["systemctl", "show", "--property", properties, *config.units])
     shown = parse_show(out)
     named = {name: shown.get(name, {}) for name in config.units}
@@ -602,9 +609,11 @@ def see_cluster(config: Config) -> list[Finding]:
     try:
         found = judge_pool(config, cli.pool())
         volume = cli.volume(config.volume)
-    except (gluster.GlusterUnavailable, gluster.GlusterMissing) as error:
+    except (gluster.GlusterUnavailable, gluster.GlusterMissing, gluster.GlusterSlow) as error:
         mend = f"playbooks/recover_glusterd.yml -e node={config.node}"
-        return [Finding("glusterd", config.node, error.message, "error", mend)]
+        hangs = f"glusterd runs and gave no answer within {cli.timeout} s"
+        text = hangs if isinstance(error, gluster.GlusterSlow) else error.message
+        return [Finding("glusterd", config.node, text, "error", mend)]
     if any(f.code == "glusterd-state-lost" for f in found):
         return found
     found += judge_volume(config, volume)
@@ -825,7 +834,7 @@ def see_databases(config: Config) -> list[Finding]:
 
 def see_ledger(config: Config) -> list[Finding]:
     try:
-        age = time.time() - os.stat(config.ledger).st_mtime if config.ledger else None
+        age = abs(time.time() - os.stat(config.ledger).st_mtime) if config.ledger else None
     except OSError:
         age = None
     return judge_ledger(config, age)
@@ -844,7 +853,8 @@ def see_mirror(config: Config) -> list[Finding]:
         last, problems = float(state["good"]) or last, [str(one) for one in state["problems"]]
     except FileNotFoundError:
         problems = ["it has not run yet"]
-    return judge_mirror(config, time.time() - last, problems)
+    # A time that is still to come is that of a clock that was set back: the last good run may be any age.
+    return judge_mirror(config, abs(time.time() - last), problems)
 
 
 def judge_fallback(config: Config, mark: Mapping[str, Any] | None, held: float | None) -> list[Finding]:

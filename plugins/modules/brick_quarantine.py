@@ -37,11 +37,15 @@ left: {description: Names that are no longer what they were., returned: always, 
 kept: {description: "Name -> modification times (ns) of what the quarantine holds.", returned: always, type: dict}
 """
 
+import contextlib
 import os
 import re
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry
+
+# The whole name, on the copy: what the quarantine calls it may be cut, and a name may have a % of its own.
+NAME = "trusted.tribrick.name"
 
 
 def sync(directory: str) -> None:
@@ -55,6 +59,8 @@ def sync(directory: str) -> None:
 def move(brick: str, quarantine: str, name: str, gfid: str) -> None:
     """The name first: until its link is gone, too, a killed run leaves a file that nobody can reach by name."""
     source, target = os.path.join(brick, name), free_place(quarantine, name, gfid)
+    with contextlib.suppress(OSError):  # it is known by its place then
+        os.setxattr(source, NAME, os.fsencode(name))
     os.rename(source, target)
     sync(quarantine)
     sync(os.path.dirname(source))
@@ -63,9 +69,10 @@ def move(brick: str, quarantine: str, name: str, gfid: str) -> None:
 
 def free_place(quarantine: str, name: str, gfid: str) -> str:
     """Where a copy goes: beside an earlier one of the same file, never over it."""
-    flat, number = name.replace("/", "%"), 0
+    flat, number = os.fsencode(name.replace("/", "%")), 0
     while True:
-        target = os.path.join(quarantine, f"{flat}.~{number}~.{gfid}" if number else f"{flat}.{gfid}")
+        end = f".~{number}~.{gfid}" if number else f".{gfid}"
+        target = os.path.join(quarantine, os.fsdecode(flat[: 255 - len(end)]) + end)
         if not os.path.lexists(target):
             return target
         number += 1
@@ -87,8 +94,12 @@ def held(quarantine: str) -> dict[str, list[int]]:
     """Name -> modification times of the copies in the quarantine."""
     found: dict[str, list[int]] = {}
     for one in sorted(os.listdir(quarantine)) if os.path.isdir(quarantine) else []:
-        name = re.sub(r"\.~\d+~$", "", one.rpartition(".")[0]).replace("%", "/")
-        found.setdefault(name, []).extend(times(os.path.join(quarantine, one)))
+        path = os.path.join(quarantine, one)
+        try:
+            name = os.fsdecode(os.getxattr(path, NAME, follow_symlinks=False))
+        except OSError:
+            name = re.sub(r"\.~\d+~$", "", one.rpartition(".")[0]).replace("%", "/")
+        found.setdefault(name, []).extend(times(path))
     return found
 
 

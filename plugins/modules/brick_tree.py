@@ -41,7 +41,7 @@ import json
 import os
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry
+from ansible_collections.tribrick.media.plugins.module_utils.brick_files import entry, meant, shown
 
 
 def read(root: str, directory: str) -> dict[str, dict]:
@@ -74,16 +74,16 @@ def main() -> None:
     digests: dict[str, str] = {}
     entries: dict[str, dict] = {}
     files = size = 0
-    waiting = list(wanted) if wanted is not None else ["."]
+    waiting = [meant(root, name) for name in wanted] if wanted is not None else ["."]
     while waiting:
         directory = waiting.pop()
         found = read(root, directory)
         files += sum("size" in one for one in found.values())
         size += sum(one.get("size", 0) for one in found.values())
         if wanted is not None:
-            entries.update(found)
+            entries.update({shown(name): one for name, one in found.items()})
             continue
-        digests[directory] = hashlib.sha256(
+        digests[shown(directory)] = hashlib.sha256(
             json.dumps(found, sort_keys=True).encode("utf-8", "surrogateescape")
         ).hexdigest()
         waiting += [name for name, one in found.items() if str(one.get("mode", "")).startswith("0o4")]

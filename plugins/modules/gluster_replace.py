@@ -14,6 +14,8 @@ description:
     which marks the other bricks so that the self-heal daemon fills it. Before that the volume lets the new node's
     certificate and address in. Does nothing where it has the place already.
   - With O(state=peer), the pool forgets the lost node, which is refused as long as the volume has a brick there.
+  - With O(state=gone), on any other node, it only refuses a lost node that is connected there. The new node cannot
+    tell, since the lost one's firewall does not let it in.
   - Refuses a lost node that is connected, a new brick directory that holds anything, a cluster in which another brick
     or peer is away, and an inventory in which the new node does not stand where the lost one stood.
   - Deletes nothing. Killed at any point, it is finished by the next run.
@@ -32,7 +34,7 @@ options:
     description: Mount point of the brick's file system; empty where it has none of its own.
     type: str
     default: ""
-  state: {description: What is to be given away., type: str, choices: [brick, peer], default: brick}
+  state: {description: What is to be given away., type: str, choices: [brick, gone, peer], default: brick}
 attributes:
   check_mode: {support: full, description: Refuses and predicts.}
 author: [Tribrick authors]
@@ -66,6 +68,7 @@ from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
     Refused,
     Volume,
     identify,
+    poll,
     resolve,
     unready,
     wait_until,
@@ -77,6 +80,9 @@ from ansible_collections.tribrick.media.plugins.module_utils.recovery import (
     judge_brick_directory,
     let_in,
 )
+
+# Seconds for which glusterd takes a node that went silent for connected (ping-timeout 30), and some more.
+SILENCE = 45
 
 
 class Work:
@@ -112,6 +118,17 @@ class Work:
                 "it off first"
             )
         return peer
+
+    def gone(self) -> None:
+        def there() -> str:
+            try:
+                self.lost_peer()
+            except Refused as refusal:
+                return str(refusal)
+            return ""
+
+        if words := poll(there, lambda seen: not seen, SILENCE):
+            raise Refused(words)
 
     def brick(self) -> None:
         volume = self.volume()
@@ -162,7 +179,7 @@ def main() -> None:
             "address": {"type": "str", "required": True},
             "path": {"type": "path", "required": True},
             "mount": {"type": "str", "default": ""},
-            "state": {"type": "str", "choices": ["brick", "peer"], "default": "brick"},
+            "state": {"type": "str", "choices": ["brick", "gone", "peer"], "default": "brick"},
         },
         supports_check_mode=True,
     )
@@ -170,7 +187,7 @@ def main() -> None:
     try:
         if work.lost in work.nodes:
             raise Refused(f"the inventory still has {work.lost}: put {work.node} in its place, and run again")
-        work.brick() if module.params["state"] == "brick" else work.peer()
+        {"brick": work.brick, "gone": work.gone, "peer": work.peer}[module.params["state"]]()
     except (GlusterError, Refused) as error:
         module.fail_json(msg=str(error), changed=bool(work.cli.changing), commands=work.commands)
     module.exit_json(changed=bool(work.commands), commands=work.commands)

@@ -14,6 +14,7 @@ description:
     this one included, must agree. Where this node's identity or peers differ, or others reject it, its state is put
     aside as C(/var/lib/glusterd.before-TIME), identity and peers are written, and glusterd fetches the volumes from its
     peers.
+  - A glusterd that runs and answers nothing is killed and started anew, with the state that it has.
   - Nothing is deleted. The node's brick is started anew with it, as glusterd has forgotten its port; without the bricks
     of all O(views) it refuses. Killed in between, it is finished by the next run.
 options:
@@ -57,6 +58,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.tribrick.media.plugins.module_utils.gluster import (
     Cli,
     GlusterError,
+    GlusterSlow,
     Refused,
     identify,
     join_words,
@@ -134,10 +136,10 @@ def main() -> None:
         module.exit_json(changed=False, view=own | {"brick": bool(find_brick(brick)), "running": unit == "active"})
     cli = Cli(module.run_command, node, 30)
 
-    def systemctl(verb: str) -> None:
-        code, out, err = module.run_command(["timeout", "-k", "5", "120", "systemctl", verb, "glusterd.service"])
+    def systemctl(*words: str) -> None:
+        code, out, err = module.run_command(["timeout", "-k", "5", "120", "systemctl", *words, "glusterd.service"])
         if code != 0:
-            module.fail_json(msg=f"systemctl {verb} glusterd failed: {(err or out).strip()}", changed=True)
+            module.fail_json(msg=f"systemctl {words[0]} glusterd failed: {(err or out).strip()}", changed=True)
 
     def unmet() -> str:
         try:
@@ -148,6 +150,21 @@ def main() -> None:
         except GlusterError as error:
             return str(error)
         return "; ".join(said)
+
+    def silent() -> bool:
+        try:
+            cli.pool()
+        except GlusterSlow:
+            return True
+        except GlusterError:
+            pass
+        return False
+
+    def settle() -> None:
+        """A glusterd that has just started needs its time before its state is called wrong."""
+        deadline = time.monotonic() + (0 if module.check_mode else 30)
+        while unmet() and time.monotonic() < deadline:
+            time.sleep(0.5)  # poll, until the deadline above
 
     changed, aside = False, ""
     try:
@@ -160,10 +177,14 @@ def main() -> None:
             if unit != "active" and not module.check_mode:
                 changed = True
                 systemctl("start")
-            # A glusterd that has just started needs its time before its state is called wrong.
-            deadline = time.monotonic() + (0 if module.check_mode else 30)
-            while unmet() and time.monotonic() < deadline:
-                time.sleep(0.5)  # poll, until the deadline above
+            settle()
+            if silent():
+                changed = True
+                if not module.check_mode:
+                    # One that hangs does not end by itself. It keeps its state, and the bricks do not notice.
+                    systemctl("kill", "--kill-who=main", "--signal=SIGKILL")
+                    systemctl("start")
+                    settle()
             own, rejected = look(node), "Rejected" in unmet()
         reasons = state_reasons(own, identity, peers, volume, rejected) + broken
         if offline and own["uuid"] == identity and not own["volumes"] and unit in ("inactive", "unknown"):

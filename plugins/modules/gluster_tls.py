@@ -177,6 +177,11 @@ class Work:
                 self.module.run_command(["timeout", "-k", "5", "60", "systemctl", "start", unit])
                 # It comes back when a majority of the bricks answers; the keeper tries on.
                 self.call("systemctl", "start", KEEPER)
+        elif mount and self.module.run_command(["systemctl", "is-active", "--quiet", KEEPER])[0] != 0:
+            # A run that was killed just before the line above has left it stopped.
+            self.restarted.append(KEEPER)
+            if not self.module.check_mode:
+                self.call("systemctl", "start", KEEPER)
 
     def down(self) -> str:
         if not find_brick(self.path):

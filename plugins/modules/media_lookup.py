@@ -46,6 +46,7 @@ import subprocess
 import sys
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.tribrick.media.plugins.module_utils.brick_files import raw
 
 # Until GlusterFS has looked at the new time, the kernel may get old bytes from its memory once more. That holds for a
 # second after a look (time-outs of mount and volume), and nothing tells when it is over.
@@ -131,7 +132,8 @@ def main() -> None:
         text=True,
         errors="surrogateescape",
     )
-    asked = {"names": module.params["names"], "refresh": together(module.params["refresh"]), "memory": MEMORY}
+    names = [one for name in module.params["names"] for one in dict.fromkeys((name, raw(name)))]
+    asked = {"names": names, "refresh": together(module.params["refresh"]), "memory": MEMORY}
     try:
         out, err = child.communicate(json.dumps(asked), timeout=limit)
     except subprocess.TimeoutExpired:

@@ -270,6 +270,8 @@ class Audit:
         return self.report
 
     def _is_there(self, copy: Copy) -> bool:
+        if copy.name in self.report.away:  # before an interruption: it was not asked about all files
+            return False
         try:
             copy.check()
         except OSError as error:
@@ -287,9 +289,13 @@ class Audit:
     def _examine(self, files: Sequence[Known], there: list[Copy], total: int) -> None:
         asked = self._ask(files, there)
         for index, known in enumerate(files):
-            for copy in there:
+            for copy in list(there):
                 finding, read = asked[copy.name][index] if copy.name in asked else examine(copy, known)
                 self.report.read += read
+                if finding and finding.kind in ("missing", "unreadable") and not copy.batched:
+                    if not self._is_there(copy):  # gone meanwhile: nothing is said of its files
+                        there.remove(copy)
+                        continue
                 if finding and self.source.get([known.name]).get(known.name) == known:  # not deleted meanwhile
                     if finding.kind == "missing" and self.source.waits(known.name):
                         finding = replace(finding, note="it is in the spools; drain brings it")
@@ -355,7 +361,6 @@ class Audit:
             state = json.loads(self.resume.read_text())
             left = state.pop("left")
             state["findings"] = [Finding(**one) for one in state["findings"]]
-            state["away"] = {}
             report = Report(**state)
         except (ValueError, TypeError, KeyError) as error:
             raise AuditError(f"{self.resume} is not the state of an audit: {error}") from error
@@ -671,10 +676,12 @@ def _empty_quarantine(copy: PathCopy) -> int:
             continue
         if put_there + timedelta(days=1) > oldest:
             continue
-        for directory, _directories, files in os.walk(day, topdown=False):
-            for name in files:
-                os.unlink(os.path.join(directory, name))
-                count += 1
+        for directory, directories, files in os.walk(day, topdown=False):
+            for name in [*files, *directories]:
+                path = os.path.join(directory, name)
+                if name in files or os.path.islink(path):  # a link to a directory counts as one
+                    os.unlink(path)
+                    count += 1
             os.rmdir(directory)
     return count
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import http.client
 import os
 import secrets
 import stat
@@ -197,8 +198,11 @@ class PathCopy(Copy):
                     yield Found(name, status.st_size, changed, status.st_mtime)
             waiting.extend(reversed(below))
 
-    def quarantine(self, name: str) -> None:
-        """Move a file to the quarantine of today. Same file system, so no bytes are copied."""
+    def quarantine(self, name: str, *, keep: bool = False) -> None:
+        """Move a file to the quarantine of today. Same file system, so no bytes are copied.
+
+        With *keep* it keeps its name too, where that can be.
+        """
         today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
         area = self.root / QUARANTINE
         area.mkdir(mode=0o700, exist_ok=True)
@@ -206,6 +210,10 @@ class PathCopy(Copy):
         target.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(target):
             target = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
+        if keep:
+            with contextlib.suppress(OSError):  # another's file, or a file system without hard links
+                os.link(self._path(name), target, follow_symlinks=False)
+                return
         os.rename(self._path(name), target)
 
     def put(self, known: Known, source: Copy) -> str:
@@ -229,8 +237,12 @@ class PathCopy(Copy):
                 if mode is not None:
                     os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
+                self.check()  # unmounted meanwhile? Then this is another disk
                 if os.path.lexists(target):
-                    self.quarantine(known.name)
+                    if target.is_dir() and not target.is_symlink():
+                        raise AuditError(f"{self.name}: {known.name} is a directory; move it away")
+                    # Killed here, the name must not be without a file: `sync` would take that for a deletion.
+                    self.quarantine(known.name, keep=True)
                 os.rename(new, target)
             except BaseException:
                 new.unlink(missing_ok=True)
@@ -293,8 +305,13 @@ class HttpCopy(Copy):
 
     def chunks(self, name: str) -> Iterator[bytes]:
         with self._request("GET", name) as answer:
-            while chunk := answer.read(CHUNK):
-                yield chunk
+            try:
+                while chunk := answer.read(CHUNK):
+                    yield chunk
+            except http.client.HTTPException as error:
+                raise OSError(errno.EIO, f"{self.address}: {error!r}") from error
+            if answer.length:
+                raise OSError(errno.EIO, f"{self.address}: the answer broke off")
 
 
 class HostCopy(Copy):

@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import select
 import shlex
 import socket
@@ -339,7 +340,8 @@ class SshCopy(_FarCopy):
             trouble = self._rsync(
                 [
                     "--checksum", "--perms", f"--temp-dir={hasher.INCOMING}", "--backup",
-                    f"--backup-dir={QUARANTINE}/{today}", f"{root}/", f"{self._login_host}:{self._root}/",
+                    f"--backup-dir={QUARANTINE}/{today}", f"--suffix=.{secrets.token_hex(4)}", f"{root}/",
+                    f"{self._login_host}:{self._root}/",
                 ],
                 wanted,
             )  # fmt: skip

@@ -174,6 +174,15 @@ def allowed(name: str) -> bool:
     return all(len(os.fsencode(part)) <= 255 for part in parts)
 
 
+def is_text(name: str) -> bool:
+    """Whether a ledger can know *name*; bytes on a disk may be none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def judge_rsync(code: int, said: str) -> str:
     """Return why an rsync has failed, or nothing. Only files that vanished while it ran are forgiven."""
     if code in (0, 24):
@@ -256,20 +265,26 @@ def libpq(url: str) -> tuple[str, dict[str, str]]:
     return clean, environment | {"PGCONNECT_TIMEOUT": "10"}
 
 
-def newest_change(lines: Iterable[str]) -> int:
-    """Return the highest number in the table of changes, as ``pg_restore`` writes it out. 0 for an empty table."""
-    column, highest, met = -1, 0, False
+def newest_change(lines: Iterable[str]) -> tuple[int, dict[str, str]]:
+    """Return the highest number in the table of changes, as ``pg_restore`` writes it out, and that row.
+
+    0 for an empty table.
+    """
+    columns: list[str] = []
+    highest: tuple[int, dict[str, str]] = (0, {})
+    met = False
     for line in lines:
-        if column < 0:
+        if not columns:
             found = re.match(r"COPY \S*tribrick_change\S* \((.*)\) FROM stdin;", line)
             if found:
-                column, met = [name.strip().strip('"') for name in found[1].split(",")].index("number"), True
+                columns, met = [name.strip().strip('"') for name in found[1].split(",")], True
             continue
         if line.startswith("\\."):
-            column = -1
+            columns = []
             continue
-        value = line.rstrip("\n").split("\t")[column]
-        highest = max(highest, int(value) if value != "\\N" else 0)
+        row = dict(zip(columns, line.rstrip("\n").split("\t"), strict=False))
+        if row["number"] != "\\N" and int(row["number"]) > highest[0]:
+            highest = int(row["number"]), row
     if not met:
         raise MirrorError("the dump has no table tribrick_change: is this the site's database, and is it migrated?")
     return highest
@@ -455,15 +470,21 @@ class Mirror:
             raise Away(f"{error}; the service tribrick-ledger writes it") from error
         with ledger:
             self._follow(ledger)
-            if full or time.time() - self.state.full > self.config.full_days * 86400 - YOUNG:
+            # A time that is still to come is that of a clock that was set back.
+            if full or abs(time.time() - self.state.full) > self.config.full_days * 86400 - YOUNG:
                 self._full(ledger)
             if snapshot or (snapshot is None and due(_now(), self.snapshots())):
                 self._snapshot(ledger)
         self.expire()
-        if self.config.push:
-            self._push()
-        if self.config.restic:
-            self._push_restic()
+        away: list[MirrorError] = []
+        for wanted, send in ((self.config.push, self._push), (self.config.restic, self._push_restic)):
+            try:
+                if wanted:
+                    send()
+            except MirrorError as error:  # the other one is sent to all the same
+                away.append(error)
+        for one in away:
+            raise one
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -496,6 +517,24 @@ class Mirror:
         for one in self.snapshots_at.iterdir():
             if one.name.startswith("."):
                 shutil.rmtree(one)
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """Set back the names of snapshots of a clock that ran ahead, all alike, so that the newest is an hour old.
+
+        Else it would be the newest until its time comes: nothing would be sent, and a restore would take it.
+        """
+        limit = _now() + timedelta(hours=1)
+        if self.state.pushed > limit.strftime(STAMP):
+            self.state.pushed = ""
+        if self.state.restic > limit.strftime(STAMP):
+            self.state.restic = ""
+        ahead = [one for one in self.snapshots() if one.at > limit]
+        for one in ahead:
+            at = one.at - (ahead[-1].at - _now()) - timedelta(hours=1)
+            while (self.snapshots_at / at.strftime(STAMP)).exists():
+                at -= timedelta(seconds=1)
+            os.rename(self.snapshots_at / one.name, self.snapshots_at / at.strftime(STAMP))
 
     def _look_at_source(self) -> None:
         """Raise ``Away`` unless the source is the volume. The look cannot hang: it is another process."""
@@ -532,8 +571,8 @@ class Mirror:
                 else:
                     dead.add(name)
         stored = {name: known for name, known in stored.items() if known.storage in self.config.storages}
+        self._remove(dead, ledger)  # first: a directory may have the name of a deleted file by now
         self._wrong = self._copy(list(stored.values()), ledger)
-        self._remove(dead, ledger)
         self._sync()
         self.state.pending = sorted(self._wrong)
         self.state.number, self.state.chain = to, chain
@@ -565,8 +604,10 @@ class Mirror:
         for known in needed:
             seen = arrived.hash(known.name)
             if (seen.get("sha256"), seen.get("size")) == (known.sha256, known.size):
-                self._put(known.name)
-                self.report.copied += 1
+                if known.name not in self._foreign:  # of those that were adopted, snapshots hold what they were before
+                    self._mend_snapshots(known.name)
+                if obstacle := self._put(known.name):
+                    problems[known.name] = obstacle
             else:
                 late.append((known, seen))
         if any((now := ledger.get(known.name)) is None or now.state == "stored" for known, _ in late):
@@ -606,11 +647,16 @@ class Mirror:
     def _bandwidth(self) -> list[str]:
         return [f"--bwlimit={self.config.bandwidth_kib}"] if self.config.bandwidth_kib else []
 
-    def _put(self, name: str) -> None:
-        """Move a file that was checked from ``.incoming/`` to ``current/``."""
+    def _put(self, name: str) -> str:
+        """Move a file that was checked from ``.incoming/`` to ``current/``; return what is in its way, if anything."""
         target = self.current / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self.incoming / name, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.incoming / name, target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            return f"not copied: {name}: {error.filename2 or error.filename} is in its way; move that away"
+        self.report.copied += 1
+        return ""
 
     def _remove(self, dead: Iterable[str], ledger: Ledger) -> None:
         for name in dead:
@@ -620,6 +666,14 @@ class Mirror:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(self.current / name)
                 self.report.removed += 1
+                self._remove_empty((self.current / name).parent)
+
+    def _remove_empty(self, directory: Path) -> None:
+        """Remove directories that hold nothing, which may be in the way of a file with their name."""
+        with contextlib.suppress(OSError):  # not empty
+            while directory != self.current:
+                directory.rmdir()
+                directory = directory.parent
 
     def _make_room(self, needed: int) -> None:
         """Raise unless *needed* bytes fit, and the reserve stays free. Snapshots are never removed for room."""
@@ -690,15 +744,18 @@ class Mirror:
 
     def _take_foreign(self, walked: Mapping[str, dict[str, Any]], known: Mapping[str, Known], ledger: Ledger) -> None:
         """Copy files that no ledger knows. Their hash is what was read; they never leave the mirror by themselves."""
-        names = []
+        names, here = [], hasher.Tree(self.current)
         for name, one in walked.items():
-            ours = name in known or ((now := ledger.get(name)) is not None and now.storage in self.config.storages)
+            ours = name in known or (
+                is_text(name) and (now := ledger.get(name)) is not None and now.storage in self.config.storages
+            )
             if ours or time.time() - one["changed"] < YOUNG or not allowed(name):
                 continue
             if hasher.TEMPORARY.fullmatch(name.rpartition("/")[2]):
                 continue
             self.report.foreign += 1
-            if self._foreign.get(name, [])[:2] != [one["size"], one["modified"]] or not (self.current / name).exists():
+            noted = self._foreign.get(name, ["", "", ""])
+            if noted[:2] != [one["size"], one["modified"]] or here.hash(name).get("sha256") != noted[2]:
                 names.append(Known(name, "foreign", "", "", one["size"]))
         for batch in batches(names):
             self._make_room(sum(known.size for known in batch))
@@ -710,8 +767,11 @@ class Mirror:
                     if why:  # else it vanished meanwhile
                         self.report.volume.append(f"not copied: {wanted.name} ({why})")
                     continue
-                self._put(wanted.name)
-                self.report.copied += 1
+                if seen["sha256"] == self._foreign.get(wanted.name, [""])[-1]:  # the disk has spoilt what was here
+                    self._mend_snapshots(wanted.name)
+                if obstacle := self._put(wanted.name):
+                    self.report.volume.append(obstacle)
+                    continue
                 self._foreign[wanted.name] = [seen["size"], walked[wanted.name]["modified"], seen["sha256"]]
         for name in [name for name in self._foreign if name in known]:
             del self._foreign[name]  # adopted meanwhile: now it is the ledger's
@@ -723,25 +783,24 @@ class Mirror:
             if _differs(tree, known):
                 wrong.append(known)
             self.progress("verify", count, len(stored))
-        bad = {}
-        for known in wrong:
-            with contextlib.suppress(OSError):
-                bad[known.name] = os.lstat(self.current / known.name).st_ino
-        problems = self._copy(wrong, ledger)
-        for name, inode in bad.items():
-            if name not in problems:
-                self.report.mended += 1
-                self._mend_snapshots(name, inode)
-        return problems
+        return self._copy(wrong, ledger)
 
-    def _mend_snapshots(self, name: str, inode: int) -> None:
-        """Snapshots share the bytes of ``current/`` by hard links, also when the disk has spoilt them."""
+    def _mend_snapshots(self, name: str) -> None:
+        """Snapshots share the bytes of ``current/`` by hard links, also when the disk has spoilt them.
+
+        They get the good ones first: a run that is killed here finds those of ``current/`` bad once more.
+        """
+        try:
+            inode = os.lstat(self.current / name).st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        self.report.mended += 1
+        new = self.incoming / ".mended"  # not beside the file, where a killed run would leave it
         for one in self.snapshots():
             path = self.snapshots_at / one.name / "files" / name
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 if os.lstat(path).st_ino == inode:
-                    new = path.with_name(f".{os.getpid()}.mended")
-                    os.link(self.current / name, new)
+                    os.link(self.incoming / name, new)
                     os.replace(new, path)
 
     # Snapshots
@@ -765,8 +824,8 @@ class Mirror:
         name = now.strftime(STAMP)
         new = self.snapshots_at / f".{name}"
         new.mkdir(mode=0o750)
-        number = self._dump(new / "database.dump")
-        self._wait_for(ledger, number)
+        number, change = self._dump(new / "database.dump")
+        self._wait_for(ledger, number, change)
         known = self._known_at(ledger, number)
         gone = self._compare(known, ledger)
         # rsync makes a link wherever size and time agree, which here is everywhere.
@@ -777,12 +836,15 @@ class Mirror:
             raise MirrorError(f"no snapshot was made: {judge_rsync(code, said) or 'files vanished'}")
         manifest = self._write_manifest(new / "manifest.gz", known)
         problems = sorted(self._wrong.values())
+        if not known and not self._foreign:
+            # That of nodes made new after a loss would be the newest of all, and be restored.
+            problems.append("no file was ever stored: it is not taken unless it is named")
         _write_json(
             new / MARKER,
             {
                 "format": 1, "snapshot": name, "node": self.config.node, "number": number,
                 "chain": ledger.chain(number) or "", "good": not problems, "problems": problems[:SHOWN],
-                "deleted_meanwhile": gone[:SHOWN], "files": self.state.files, "bytes": self.state.bytes,
+                "deleted_meanwhile": gone, "files": self.state.files, "bytes": self.state.bytes,
                 "dump": _file_hash(new / "database.dump"), "manifest": manifest,
             },
         )  # fmt: skip
@@ -793,8 +855,8 @@ class Mirror:
         if not problems:
             self.state.snapshot = name
 
-    def _dump(self, target: Path) -> int:
-        """Dump the database, read the dump back, and return the number of its newest change."""
+    def _dump(self, target: Path) -> tuple[int, dict[str, str]]:
+        """Dump the database, read the dump back, and return its newest change with the number."""
         url, environment = libpq(self.config.database_url)
         self.progress("dump", 0, 0)
         try:
@@ -811,17 +873,17 @@ class Mirror:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
             ) as reading:  # fmt: skip
                 assert reading.stdout is not None  # noqa: S101  it was asked for
-                number = newest_change(reading.stdout)
+                newest = newest_change(reading.stdout)
         except subprocess.TimeoutExpired as error:
             raise Away(f"no snapshot: the database's dump took longer than {error.timeout:g} s") from error
         except FileNotFoundError as error:
             raise MirrorError(f"no snapshot: {error.filename} is not installed; run site.yml") from error
         if reading.returncode != 0:
             raise MirrorError(f"no snapshot: the dump cannot be read back (pg_restore: {reading.returncode})")
-        return number
+        return newest
 
-    def _wait_for(self, ledger: Ledger, number: int) -> None:
-        """Wait until the ledger has what the dump has; it lags by seconds."""
+    def _wait_for(self, ledger: Ledger, number: int, change: Mapping[str, str]) -> None:
+        """Wait until the ledger has what the dump has; it lags by seconds. *change* is the dump's newest one."""
         until = time.monotonic() + 60
         while (last := ledger.last()[0]) < number:
             if time.monotonic() > until:
@@ -833,6 +895,13 @@ class Mirror:
             raise Away(
                 f"no snapshot: the database is at {number}, the ledger was at {self.state.number} before: the database "
                 "lost its last changes; see docs/catalog.md, 'The database lost changes'"
+            )
+        own = next(ledger.changes(after=number - 1), None) if number else None
+        theirs = tuple(map(change.get, ("kind", "sha256", "size")))
+        if own is not None and (own.kind, own.sha256, str(own.size)) != theirs:
+            raise Away(
+                f"no snapshot: the database has another change {number} than the ledger, so its files are not these: "
+                "it lost changes and has new ones; see docs/catalog.md, 'The database lost changes'"
             )
 
     def _compare(self, known: Mapping[str, Known], ledger: Ledger) -> list[str]:
@@ -1198,7 +1267,8 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"snapshot": one.name, "wrong": wrong}))
     else:
-        print("\n".join([*wrong, f"{one.name}: {len(wrong)} differences"]))
+        text = "\n".join([*wrong, f"{one.name}: {len(wrong)} differences"])
+        print(text.encode(errors="backslashreplace").decode())  # a foreign name may be no text
     return 1 if wrong else 0
 
 
@@ -1224,6 +1294,9 @@ def _expire(options: argparse.Namespace) -> int:
         directory, keep = Path(config.place) / "snapshots", {kind: getattr(config, kind) for kind in keep}
     keep |= {kind: value for kind in keep if (value := getattr(options, kind)) is not None}
     gone = [one.name for one in expired(read_snapshots(directory), **keep)]
+    if options.apply and options.directory:  # where no run of a mirror does it
+        for left in directory.glob(".expired-*"):
+            shutil.rmtree(left)
     for name in gone if options.apply else ():
         remove_snapshot(directory, name)
     if options.json:

@@ -27,6 +27,7 @@ from tribrick.conf import setting
 from tribrick.copies import AuditError, PathCopy, Seen
 from tribrick.ledger import Known, Ledger
 from tribrick.models import MediaFile, State
+from tribrick.storage.catalogued import below
 from tribrick.storage.volume import StoredFile
 
 MARKER: Final = "marker.json"
@@ -86,6 +87,8 @@ class Restore:
         self.copy = PathCopy("mirror", files, writable=False)
         self.storage = audit.storage_copy(alias)
         self.source = audit.CatalogSource(alias)
+        # What other storages keep below the directory comes back with their own keys and their part of the tree.
+        self.others = tuple(f"{place}/" for place in below(self.storage.storage))
         self._ledger = self._open_ledger()
         self._details: dict[str, dict[str, Any]] | None = None
 
@@ -109,6 +112,8 @@ class Restore:
         return self.report
 
     def _asked(self, name: str) -> bool:
+        if name.startswith(self.others):
+            return False
         return not self.under or any(name == one or name.startswith(f"{one}/") for one in self.under)
 
     # One file
@@ -157,6 +162,8 @@ class Restore:
         """Give a row to a file that the database does not know, because it is newer, or foreign."""
         if len(name) > catalog.NAME_LENGTH:
             raise AuditError(f"its name is longer than {catalog.NAME_LENGTH} characters")
+        if MediaFile.objects.using(catalog.database()).filter(name=name).exists():
+            raise AuditError("the catalog has a file of this name, in another storage")
         seen = self._seen(self.copy, name)
         if told is not None and (seen.sha256, seen.size) != told[1:]:
             raise AuditError("the mirror has other bytes than were written down for it")

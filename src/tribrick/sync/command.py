@@ -141,7 +141,7 @@ def work(options: Mapping[str, Any], progress: Progress) -> Answer:
             state, prove=_proof(storage), linked=bool(given.get("linked")),
             mode=storage.file_permissions_mode, progress=progress,
         )  # fmt: skip
-        if init:
+        if init or (what == "run" and not state.meta("mark")):  # the latter: a first run that was killed
             side.begin()
         peers = doors(given.get("peers", ()))
         if unknown := set(options["peer"] or ()) - {peer.name for peer in peers}:

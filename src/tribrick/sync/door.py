@@ -8,8 +8,8 @@ It needs the standard library only, and rsync. Three requests are understood, ev
 
 ``tribrick-sync 1 changes AFTER STATE scan|look``
     The first line of the answer is an object about this side, the next ones are ``[number, version]``
-    for the versions that became known here after the number AFTER, if STATE is this state's id (``-`` or
-    another one: all of them), the last one is ``"end"``. ``scan`` looks at the disk before.
+    for the versions that became known here after the number AFTER, if STATE is what the object called the
+    numbers then (``-`` or another one: all of them), the last one is ``"end"``. ``scan`` looks at the disk before.
 ``rsync --server --sender ... . ./``
     rsync reads contents, by their hash, from the history. Only options that read are let through.
 
@@ -84,7 +84,7 @@ def changes(path: str, after: int, known: str, scan: bool, out: IO[str]) -> None
             with _Beat(out), state.locked():
                 found = side.scan()
             told = {"recorded": found.recorded, "young": len(found.young), "refused": found.refused}
-        mine = state.meta("id")
+        mine = state.sequence()
         start = after if known == mine and after <= state.last() else 0
         head = {"tribrick-sync": PROTOCOL, "state": mine, "node": state.meta("node"), "after": start, "scan": told}
         out.write(json.dumps(head) + "\n")

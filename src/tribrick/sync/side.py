@@ -120,8 +120,11 @@ class Side:
         self.history.chmod(0o700)
         self._mark()
 
-    def check(self) -> None:
-        """Raise :class:`~tribrick.sync.state.SyncError` unless the root is the one that the state was begun for."""
+    def check(self) -> bool:
+        """Raise :class:`~tribrick.sync.state.SyncError` unless the root is the one that the state was begun for.
+
+        Returns whether changes are counted under another name from now on.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 root = _opened(stack, os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -141,14 +144,17 @@ class Side:
                 ) from error
         if found != self.state.meta("id"):
             raise SyncError(f"{self.root} belongs to another state than {self.state.path}")
-        if mark != self.state.meta("mark"):
-            # A process was killed, or one of the two is a restored copy. Then counts may have been given before.
-            with self.state.transaction():
-                self.state.rename()
+        if mark == self.state.meta("mark") and mark.endswith(_boot()):
+            return False
+        # A process was killed, or one of the two is a restored copy, or both are, as those of a machine that was set
+        # back: that one has booted since. Then counts may have been given before.
+        with self.state.transaction():
+            self.state.rename()
+        return True
 
     def _mark(self) -> None:
         """Leave the same mark in the directory and in the state, before changes are counted."""
-        mark = secrets.token_hex(8)
+        mark = f"{secrets.token_hex(8)} {_boot()}"
         told = {"tribrick": 1, "state": self.state.meta("id"), "mark": mark}
         _write(self.history / _SIDE, json.dumps(told).encode())
         with self.state.transaction():
@@ -163,6 +169,10 @@ class Side:
     def has(self, sha256: str) -> bool:
         """Whether a content is here."""
         return self.object(sha256).exists()
+
+    def _keeps(self, sha256: str) -> bool:
+        """Whether a content is here, also when somebody may have written into it under another name."""
+        return self.has(sha256) and (not self.linked or _hash(self.object(sha256)) == sha256)
 
     def keep(self, files: Iterable[tuple[Path, str]]) -> None:
         """Move files of the history's own into their places, all of them durable.
@@ -191,8 +201,10 @@ class Side:
         A directory that cannot be read ends the scan before anything is recorded, and so do more
         deletions than :func:`tribrick.sync.plan.too_many` lets pass; *accept* is the number agreed to.
         """
-        self.check()
+        renamed = self.check()
         if not self.dry:
+            if renamed:
+                self._mark()  # once is enough
             self.recover()
         found, known = Scan(), self.state.stamps()
         changed: list[tuple[str, Stamp]] = []
@@ -357,7 +369,7 @@ class Side:
             except BaseException:
                 new.unlink(missing_ok=True)
                 raise
-            if self.has(sha256):
+            if self._keeps(sha256):
                 new.unlink()
             else:
                 taken.append((new, sha256))
@@ -426,7 +438,8 @@ class Side:
             return -1
         new, kept = self.history / "incoming" / token, self.object(step.after.sha256)
         times = (step.after.modified, step.after.modified)
-        if self.linked:
+        # What another name shows already is copied: whoever writes into one of two links changes both.
+        if self.linked and kept.stat().st_nlink == 1:
             os.link(kept, new)
             file = _opened(stack, os.open(new, _FILE))
             sha256 = _copy(file, None)
@@ -436,7 +449,8 @@ class Side:
             sha256 = _copy(file, None) if _clone(source, file) else _copy(source, file)
         if sha256 != step.after.sha256:
             new.unlink()
-            raise SyncError(f"the history's copy of it is damaged: {kept}")
+            kept.unlink()  # no content of anybody's: the next run fetches it
+            raise SyncError(f"the history's copy of it was damaged: {kept}")
         os.fchmod(file, self._mode_of(step))
         os.utime(file, ns=times)
         return file
@@ -518,7 +532,7 @@ class Side:
             if path.with_name(f"{token}.new").exists():
                 self._put_back(path, name)
             usual = {after.sha256, *([before.sha256] if before else [])}
-            if sha256 in usual and self.has(sha256):
+            if sha256 in usual and self._keeps(sha256):
                 continue
             _sync(path)
             os.link(path, self._place(sha256, directories))
@@ -561,6 +575,14 @@ def _reason(error: Exception) -> str:
 def _opened(stack: contextlib.ExitStack, descriptor: int) -> int:
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _boot() -> str:
+    """Return the kernel's name of this boot; nothing where it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _token() -> str:

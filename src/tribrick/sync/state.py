@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -292,6 +293,13 @@ class State:
         """Yield the versions that became known after a number, as numbered lines of JSON."""
         yield from self._db.execute("SELECT seq, text FROM versions WHERE seq > ? ORDER BY seq", (after,))
 
+    def sequence(self) -> str:
+        """Return the name of the numbers that versions have here, which peers note with the last that they know.
+
+        It changes with the names of the replica: in a restored copy the same numbers mean other versions.
+        """
+        return hashlib.sha256(f"{self.meta('id')} {self.meta('replica')}".encode()).hexdigest()[:32]
+
     def last(self) -> int:
         """Return the last number given."""
         return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM versions").fetchone()[0])
@@ -322,11 +330,21 @@ class State:
             while waiting:
                 made: list[Version] = []
                 for name in waiting:
-                    made += self._settle_one(name, keep_both, ask)
+                    made += map(self._with_free_name, self._settle_one(name, keep_both, ask))
                 added = self.add(made)
                 copies += [one for one in added if one.vector.counts == ((versions.SETTLED, 1),)]
                 waiting = sorted({one.name for one in added})
         return copies
+
+    def _with_free_name(self, made: Version) -> Version:
+        """Give a conflict copy another name where the usual one was removed or changed: it would be hidden by that."""
+        found, number = made, 1
+        while made.vector.counts == ((versions.SETTLED, 1),) and any(
+            head.sha256 != made.sha256 for head in self.heads(found.name)
+        ):
+            number += 1
+            found = replace(made, name=versions.conflict_name(made, number=number))
+        return found
 
     def _settle_one(self, name: str, keep_both: bool, ask: bool) -> list[Version]:
         known = self.heads(name)

@@ -89,12 +89,12 @@ def steps(name: str) -> list[str]:
 
 def test_uploads_are_held_up_while_nodes_are_in_different_modes() -> None:
     assert steps("fallback_enable.yml") == [
-        "look", "complete", "hold", "complete", "deploy_receiver.yml", "complete", "deploy_site.yml", "release",
-        "complete", "deploy_mirror.yml",
+        "whole", "look", "complete", "hold", "complete", "deploy_receiver.yml", "complete", "deploy_site.yml",
+        "release", "complete", "deploy_mirror.yml",
     ]  # fmt: skip
     assert steps("fallback_disable.yml") == [
-        "look", "merge", "hold", "merge", "empty", "deploy_receiver.yml", "deploy_site.yml", "merge", "release",
-        "deploy_mirror.yml",
+        "whole", "look", "merge", "hold", "merge", "empty", "deploy_receiver.yml", "deploy_site.yml", "merge",
+        "release", "deploy_mirror.yml",
     ]  # fmt: skip
 
 

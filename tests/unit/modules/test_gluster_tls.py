@@ -38,3 +38,22 @@ def test_a_process_is_older_than_a_file_that_came_after_it(tmp_path):
     assert gluster_tls.newest([]) == 0.0
     mine = gluster_tls.started(os.getpid())
     assert time.time() - 3600 < mine < file.stat().st_ctime
+
+
+def test_a_keeper_that_a_killed_run_left_stopped_is_started(run, monkeypatch):
+    monkeypatch.setattr(gluster_tls, "find_process", lambda program, word: 7)
+    monkeypatch.setattr(gluster_tls, "started", lambda pid: 1.0)
+    stopped: list[bool] = [True]
+
+    def command(words, **_):
+        if "is-active" in words:
+            return (3 if stopped[0] else 0), "", ""
+        if words[-3:] == ["systemctl", "start", gluster_tls.KEEPER]:
+            stopped[0] = False
+        return 0, "", ""
+
+    asked = {"state": "used", "node": "app", "nodes": ["node1"], "volume": "media", "brick_path": "/b", "files": [],
+             "mount": "/srv/media", "unit": "srv-media.mount"}  # fmt: skip
+    assert run(gluster_tls, command, check=True, **asked).result["changed"] and stopped == [True]
+    assert run(gluster_tls, command, **asked).result["restarted"] == [gluster_tls.KEEPER] and stopped == [False]
+    assert not run(gluster_tls, command, **asked).result["changed"]

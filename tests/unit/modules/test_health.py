@@ -96,7 +96,7 @@ def test_a_volume_that_is_missing_stopped_or_without_quorum():
         ({"process": "T"}, "brick-frozen", "recover_heal"),
         ({"volume_id": False}, "brick-wiped", "recover_brick.yml -e node=node1 -e confirm=yes"),
         ({"mounted": False}, "brick-not-mounted", "mount the disk"),
-        ({"answers": False}, "brick-hung", "look at the disk"),
+        ({"answers": False}, "brick-hung", "restart node1 by hand, then playbooks/recover_heal.yml"),
         ({"read_only": True}, "brick-read-only", "repair the disk"),
     ],
 )
@@ -195,6 +195,15 @@ def test_units_and_since_when():
     assert health.parse_show("nonsense\n\nmore") == {}
 
 
+def test_a_unit_that_fails_again_and_again_is_told_and_one_that_starts_is_not():
+    waiting = {"LoadState": "loaded", "ActiveState": "activating", "SubState": "auto-restart", "Result": "exit-code"}
+    for change, told in (({"NRestarts": "12"}, True), ({"NRestarts": "1"}, False), ({"SubState": "start"}, False)):
+        found = health.judge_units("node1", {"tribrick-origin.service": waiting | change}, now=1000.0, uptime=100.0)
+        assert bool(found) is told
+    found = health.judge_units("node1", {"glusterd.service": waiting | {"NRestarts": "12"}}, now=1000.0, uptime=100.0)
+    assert "fails again and again (exit-code, 12 restarts)" in only(found).what
+
+
 def test_mounts_the_uppermost_counts():
     text = (
         "node1:/media /srv/media fuse.glusterfs rw 0 0\ntmpfs /srv/media tmpfs rw 0 0\nx /srv/me\\040dia ext4 rw 0 0\n"
@@ -223,6 +232,13 @@ def test_the_ledger():
     assert only(health.judge_ledger(CONFIG, 400)).severity == "warning"
 
 
+def test_a_ledger_of_a_clock_that_ran_ahead(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.touch()
+    os.utime(path, (time.time() + 86400, time.time() + 86400))
+    assert len(health.see_ledger(replace(CONFIG, ledger=str(path)))) == 1
+
+
 def test_the_mirror(tmp_path):
     assert health.judge_mirror(CONFIG, 10799) == []
     said = only(health.judge_mirror(CONFIG, 10801, ["the volume is away", "and more"]))
@@ -240,6 +256,8 @@ def test_the_mirror(tmp_path):
     state = {"good": time.time() - 60, "problems": []}
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert health.see_mirror(config) == []
+    (tmp_path / "state.json").write_text(json.dumps({**state, "good": time.time() + 86400 * 400}))
+    assert len(health.see_mirror(config)) == 1, "a clock that ran ahead"
     (tmp_path / "state.json").write_text(json.dumps({"good": old, "problems": ["pg_dump ended with 1"]}))
     assert "pg_dump ended with 1" in only(health.see_mirror(config)).what
     (tmp_path / "state.json").write_text(json.dumps({"good": 0, "problems": ["never well"]}))
@@ -501,3 +519,10 @@ def test_the_address_is_asked_for_wherever_it_is(monkeypatch):
     config = replace(CONFIG, address="127.77.77.77")
     codes = [(finding.code, finding.severity) for finding in health.see_address(config)]
     assert codes == [("address-held", "note"), ("address", "error")]
+
+
+def test_a_glusterd_that_hangs_is_told_with_the_playbook_that_mends_it(monkeypatch):
+    monkeypatch.setattr(health, "run", lambda command, limit=10, given="": (124, "", ""))
+    found = only(health.see_cluster(CONFIG))
+    assert found.code == "glusterd" and "no answer within 20 s" in found.what
+    assert found.command == "playbooks/recover_glusterd.yml -e node=node1"

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible.errors import AnsibleFilterError
 from ansible.module_utils.testing import patch_module_args
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 from ansible_collections.tribrick.media.plugins.filter import mirror as filters
 from ansible_collections.tribrick.media.plugins.modules import mirror_place
 
+ROOT = Path(__file__).resolve().parents[3]
 GIB = 1 << 30
 FINE = {"free": 20 * GIB, "held": 0, "needed": 10 * GIB, "shared": []}
 
@@ -69,6 +73,17 @@ def test_the_module_looks_and_changes_nothing(tmp_path: Path, capsys: pytest.Cap
     (place / "state.json").write_text('{"bytes": 12345}')
     said = run(capsys, path=str(place), apart_from=[str(other)], min_free_gib=0, data_mount=str(brick))
     assert said["held"] == 12345 and said["needed"] > 0
+
+
+def test_whatever_works_with_the_database_is_stopped_before_it_is_restored() -> None:
+    """A periodic command of the site would write changes before the ledgers have given theirs back."""
+    [play, _site] = yaml.safe_load((ROOT / "playbooks/restore_database.yml").read_text(encoding="utf-8"))
+    given = {"media_spool": True, "django_site_periodic_commands": ["clearsessions"]}
+    variables = {name: trust_as_template(value) for name, value in play["vars"].items()}
+    stopped = Templar(DataLoader(), {**variables, **given}).template(variables["media_mirror_stopped_units"])
+    assert stopped[:2] == ["tribrick-site-run@clearsessions.timer", "tribrick-site-run@clearsessions.service"]
+    services = [f"tribrick-{name}.service" for name in ("site", "ledger", "replicate", "drain")]
+    assert stopped[2:] == ["tribrick-site.socket", *services]
 
 
 def answer(node: str, number: int, *snapshots: str) -> dict[str, Any]:

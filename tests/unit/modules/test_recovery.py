@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from ansible_collections.tribrick.media.plugins.module_utils import contradictions, gluster, recovery
 from ansible_collections.tribrick.media.plugins.modules import (
     brick_quarantine,
@@ -20,6 +23,8 @@ from ansible_collections.tribrick.media.plugins.modules import (
 )
 
 from .conftest import Gluster, read
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # --- healing ---
 
@@ -148,6 +153,28 @@ def test_a_brick_is_read_past_gluster(tmp_path):
     assert brick_tree.read(str(one), "gone") == {}
 
 
+def test_names_that_are_no_utf8_are_compared_and_looked_up_too(run, tmp_path, monkeypatch):
+    """Ansible takes no such text from a module, and one of them would end every recovery."""
+    found = []
+    for content in (b"good", b"bad "):
+        (tmp_path / ".glusterfs").mkdir(exist_ok=True)
+        place = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+        os.makedirs(place, exist_ok=True)
+        Path(os.fsdecode(place), os.fsdecode(b"\xfcber.jpg")).write_bytes(content)
+        digests = run(brick_tree, None, path=str(tmp_path)).result["digests"]
+        entries = run(brick_tree, None, path=str(tmp_path), directories=list(digests)).result["entries"]
+        found.append({"digests": digests, "entries": entries})
+        json.dumps(found, ensure_ascii=False).encode()
+    assert recovery.differing_directories({str(at): one["digests"] for at, one in enumerate(found)}) == ["caf\\xe9"]
+    assert set(recovery.differences({str(at): one["entries"] for at, one in enumerate(found)})) == {
+        "caf\\xe9/\\xfcber.jpg"
+    }
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    assert (
+        run(media_lookup, None, root=str(tmp_path), names=["caf\\xe9/\\xfcber.jpg", "caf\\xe9"]).result["looked"] == 2
+    )
+
+
 # --- the mount ---
 
 
@@ -255,6 +282,18 @@ def test_the_lost_node_is_forgotten_when_it_has_no_brick(replace):
     assert not ended.failed and fake.changes == [DETACH]
     fake, ended = replace(state="peer")
     assert ended.failed and "has a brick on lost" in str(ended) and not fake.changes
+
+
+def test_whether_the_lost_node_is_gone_is_for_the_others_to_say(replace, clock):
+    """The new one gets through to nobody who has not let it in, so the lost one always looks away from there."""
+    fake, ended = replace(state="gone", node="node2")
+    assert not ended.failed and not ended.result["changed"] and not fake.changes
+    fake, ended = replace(state="gone", node="node2", connected=1)
+    assert ended.failed and "only a node that is gone is replaced" in str(ended) and clock.now >= 45
+    plays = yaml.safe_load((ROOT / "playbooks/recover_node.yml").read_text(encoding="utf-8"))
+    asked = next(at for at, play in enumerate(plays) if '"gone"' in json.dumps(play))
+    assert plays[asked]["hosts"].startswith("gluster_servers:!") and plays[asked]["any_errors_fatal"]
+    assert [play["ansible.builtin.import_playbook"] for play in plays[:asked]] == ["check_fallback.yml"]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +476,7 @@ def test_the_quarantine_tells_names_and_times(brick, monkeypatch):
     record = bytes.fromhex("01" + 16 * "0" + 2 * "000000006b07cdea000000001bf42b9e" + 32 * "0")
 
     def getxattr(path, name, follow_symlinks=True):
-        if not path.endswith(GFID):
+        if not path.endswith(GFID) or not name.endswith("mdata"):
             raise OSError
         return record
 
@@ -450,6 +489,30 @@ def test_the_quarantine_tells_names_and_times(brick, monkeypatch):
     assert {name: sorted(times) for name, times in brick_quarantine.held(str(quarantine)).items()} == {
         "photos/a.jpg": [7, 9, 0x6B07CDEA * 10**9 + 0x1BF42B9E]
     }
+
+
+@pytest.mark.parametrize("name", ["photos/" + "ü" * 110 + ".jpg", "photos/100%.jpg"])
+def test_a_long_name_and_one_with_a_percent_sign_are_moved_and_told(brick, monkeypatch, name):
+    root, _, quarantine = brick
+    kept: dict[tuple[int, str], bytes] = {}
+
+    def getxattr(path, attribute, follow_symlinks=True):
+        try:
+            return kept[os.lstat(path).st_ino, attribute]
+        except KeyError:
+            raise OSError from None
+
+    monkeypatch.setattr(os, "getxattr", getxattr, raising=False)
+
+    def setxattr(path, attribute, value):
+        kept[os.lstat(path).st_ino, attribute] = value
+
+    monkeypatch.setattr(os, "setxattr", setxattr, raising=False)
+    for content in (b"bad", b"worse"):
+        (root / name).write_bytes(content)
+        brick_quarantine.move(str(root), str(quarantine), name, GFID)
+    assert not (root / name).exists() and len(list(quarantine.iterdir())) == 2
+    assert {name: len(times) for name, times in brick_quarantine.held(str(quarantine)).items()} == {name: 2}
 
 
 def test_what_was_mended_gets_another_time_once(tmp_path):
@@ -497,6 +560,13 @@ def test_but_not_for_ever(run, clock):
     assert ended.failed and "no answer within" in str(ended) and 1000 < clock.now < 2000
 
 
+def test_an_answer_that_names_no_brick_is_not_a_clean_one(run):
+    empty = re.sub(r"<brick .*</brick>", "", read("heal_ok"), flags=re.DOTALL)
+    assert "<bricks>" in empty and "<brick " not in empty
+    ended = run(gluster_heal, Gluster({"pool list": read("pool_three"), SUMMARY: empty}), state="clean", **HEAL)
+    assert ended.failed and "names no brick" in str(ended)
+
+
 def test_a_daemon_that_has_just_been_started_may_refuse_for_a_moment(run, clock):
     ask, refusal = "--mode=script volume heal media", (1, "", "Self-heal daemon is not running.")
     fake = Gluster({"pool list": read("pool_three"), ask: [refusal, refusal, ""]})
@@ -522,3 +592,35 @@ def test_names_that_wait_are_told_without_the_entries_that_have_only_an_id() -> 
         "</bricks></healInfo></cliOutput>"
     )
     assert recovery.waiting_names(answer) == ["/photos/a.jpg", "/photos/b c.jpg"]
+
+
+# --- a glusterd that hangs ---
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_glusterd_that_runs_and_answers_nothing_is_started_anew(run, clock, monkeypatch, check):
+    pool, volumes = read("pool_three"), read("volume_started")
+    calls: list[str] = []
+
+    def command(words, **_):
+        line = " ".join(words[4:] if words[0] == "timeout" else words)
+        calls.append(line)
+        if line == "systemctl is-active glusterd.service":
+            return 0, "active\n", ""
+        if "gluster " in line:
+            if "systemctl start glusterd.service" not in calls:
+                clock.now += 30
+                return 124, "", ""
+            return 0, pool if "pool list" in line else volumes, ""
+        return 0, "", ""
+
+    own = view("node1")
+    monkeypatch.setattr(gluster_state, "look", lambda node, state="": own)
+    monkeypatch.setattr(gluster_state, "find_brick", lambda path: "S")
+    given = {"views": [view(name, brick=True, running=True) for name in ("node2", "node3")]}
+    words = {"node": "node1", "nodes": NODES, "volume": "media", "brick_path": "/srv/brick"}
+    ended = run(gluster_state, command, check=check, **words, **given)
+    assert not ended.failed and ended.result["changed"] and not ended.result["aside"], str(ended)
+    done = [line for line in calls if line.startswith("systemctl") and "is-active" not in line]
+    killed = "systemctl kill --kill-who=main --signal=SIGKILL glusterd.service"
+    assert done == ([] if check else [killed, "systemctl start glusterd.service"])

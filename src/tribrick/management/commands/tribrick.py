@@ -205,7 +205,8 @@ class Command(BaseCommand):
     # Talking.
 
     def _say(self, text: str) -> None:
-        self.stdout.write(text)
+        # A name on the disk may be no text; what was found must be told all the same.
+        self.stdout.write(text.encode(errors="backslashreplace").decode())
 
     def _answer(self, options: dict[str, Any], document: dict[str, Any], text: list[str]) -> None:
         self._say(json.dumps(document, indent=2, default=str) if options["json"] else "\n".join(text))

@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import os
+import socketserver
 import subprocess
 import threading
 import time
@@ -154,6 +155,16 @@ def test_young_files_are_not_called_extra() -> None:
     assert (code, said["young"], said["findings"]) == (0, 1, [])
 
 
+@pytest.mark.parametrize("what", ["audit", "reconcile", "sweep", "adopt"])
+def test_a_name_that_is_no_text_is_told(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    age(root(), monkeypatch)
+    (root() / os.fsdecode(b"\xe9t\xe9.jpg")).write_bytes(b"of another time")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    with contextlib.suppress(CommandError):
+        call_command("tribrick", what, stdout=out, stderr=io.StringIO())
+    assert b"t\\udce9.jpg" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
 def test_one_copy_only(mirror: Path) -> None:
     add()
     assert tribrick("audit", "--copy", "storage")[0] == 0
@@ -170,6 +181,47 @@ def test_an_absent_copy_is_no_difference_and_not_in_order(mirror: Path) -> None:
     (root() / ".tribrick-volume").unlink()
     code, said = tribrick("audit")
     assert code == 2 and set(said["away"]) == {"mirror", "storage"}
+
+
+def test_a_volume_that_goes_away_in_the_middle(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [add() for _ in range(4)]
+    copy_to(mirror, *rows)
+    real, aside = audit.examine, root().with_name("unmounted")
+
+    def unmounted(copy: audit.Copy, known: ledger.Known) -> Any:
+        if copy.name == "storage" and known.name == sorted(row.name for row in rows)[1]:
+            root().rename(aside)
+            root().mkdir()
+        return real(copy, known)
+
+    monkeypatch.setattr(audit, "examine", unmounted)
+    try:
+        code, said = tribrick("audit")
+    finally:
+        root().rmdir()
+        aside.rename(root())
+    assert code == 2 and list(said["away"]) == ["storage"] and said["findings"] == [] and said["checked"] == 4
+
+
+def test_nothing_is_written_where_the_volume_is_no_more(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = add()
+    copy_to(mirror, row)
+    (root() / row.name).unlink()
+    source, storage = copies.PathCopy("mirror", mirror, writable=False), audit.storage_copy("default")
+    known = ledger.Known(row.name, "stored", "default", row.sha256, row.size)
+    real = source.chunks
+
+    def unmounted(name: str) -> Iterator[bytes]:
+        (root() / ".tribrick-volume").rename(root().with_name("sentinel"))
+        yield from real(name)
+
+    monkeypatch.setattr(source, "chunks", unmounted)
+    try:
+        with pytest.raises(StorageUnavailable):
+            storage.put(known, source)
+    finally:
+        root().with_name("sentinel").rename(root() / ".tribrick-volume")
+    assert not list(root().rglob("*.txt")), "under no name"
 
 
 def test_sample(mirror: Path) -> None:
@@ -239,6 +291,32 @@ def test_resume(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not state.exists()
     state.write_text("{}")
     assert tribrick("audit", "--resume", str(state)) == (1, None)
+
+
+def test_a_copy_that_was_away_before_an_interruption_is_not_in_order(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "PAGE", 1)
+    monkeypatch.setattr(audit, "SAVE_EVERY", 0)
+    rows = [add() for _ in range(3)]
+    mirror.rmdir()
+    state = tmp_path / "state.json"
+    real = audit.examine
+
+    def killed(copy: audit.Copy, known: ledger.Known) -> Any:
+        if known.name == max(row.name for row in rows):
+            raise KeyboardInterrupt
+        return real(copy, known)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "examine", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tribrick("audit", "--resume", str(state))
+    mirror.mkdir()
+    copy_to(mirror, max(rows, key=lambda row: row.name))
+    code, said = tribrick("audit", "--resume", str(state))
+    assert code == 2 and list(said["away"]) == ["mirror"] and not state.exists()
+    assert tribrick("audit", "--resume", str(state))[0] == 1, "the next one asks it about all"
 
 
 def test_resume_in_the_walk(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +389,28 @@ def test_a_copy_behind_a_web_server(web: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (root() / rows[0].name).read_bytes() == b"a" * 3_000_000
 
 
+@pytest.mark.parametrize("answer", ["Content-Length: 9\r\n\r\nhal", "Transfer-Encoding: chunked\r\n\r\n9\r\nhal"])
+def test_an_answer_that_breaks_off_is_no_torn_file(tribrick_settings: Settings, answer: str) -> None:
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            method = self.rfile.readline()[:4]
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if method == b"HEAD" else answer.encode()))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tribrick_settings(
+            COPIES=[{"name": "web", "kind": "http", "address": f"http://127.0.0.1:{server.server_address[1]}/"}]
+        )
+        row = add(b"half of it")
+        try:
+            code, said = tribrick("audit")
+        finally:
+            server.shutdown()
+    assert code == 1 and findings(said) == {("web", "unreadable", row.name)}
+
+
 def test_a_web_server_that_is_away(tribrick_settings: Settings) -> None:
     tribrick_settings(COPIES=[{"name": "web", "kind": "http", "address": "http://127.0.0.1:9/media/"}])
     add()
@@ -377,6 +477,54 @@ def test_reconcile(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(root().rglob(".*.part"))
     code, said = tribrick("audit")
     assert {one["kind"] for one in said["findings"]} == {"missing", "extra"}
+
+
+def test_a_repair_that_is_killed_leaves_a_file_under_the_name(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `sync` would take it for a deletion, and tell everybody."""
+    row = add(b"right")
+    copy_to(mirror, row)
+    (root() / row.name).write_bytes(b"wrong")
+    real = os.rename
+
+    def killed(source: Any, target: Any, **more: Any) -> None:
+        if Path(target) == root() / row.name:
+            raise KeyboardInterrupt
+        real(source, target, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tribrick("reconcile", "--host", "storage", "--apply")
+    assert (root() / row.name).read_bytes() == b"wrong"
+    assert tribrick("reconcile", "--host", "storage", "--apply")[0] == 0
+    assert (root() / row.name).read_bytes() == b"right"
+    kept = [path.read_bytes() for path in (root() / copies.QUARANTINE).rglob("*.txt*") if path.is_file()]
+    assert set(kept) == {b"wrong"}
+
+
+def test_a_repair_where_no_hard_link_can_be_made(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = add(b"right")
+    copy_to(mirror, row)
+    (root() / row.name).write_bytes(b"wrong")
+
+    def refused(*_words: Any, **_more: Any) -> None:
+        raise PermissionError(1, "fs.protected_hardlinks")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert tribrick("reconcile", "--host", "storage", "--apply")[0] == 0
+    assert (root() / row.name).read_bytes() == b"right"
+    assert [path.read_bytes() for path in (root() / copies.QUARANTINE).rglob("*.txt")] == [b"wrong"]
+
+
+def test_a_repair_takes_no_directory_away(mirror: Path) -> None:
+    row = add()
+    copy_to(mirror, row)
+    (root() / row.name).unlink()
+    (root() / row.name).mkdir()
+    (root() / row.name / "somebody's").write_bytes(b"own")
+    code, said = tribrick("reconcile", "--host", "storage", "--apply")
+    assert code == 1 and "is a directory" in str(said)
+    assert (root() / row.name / "somebody's").read_bytes() == b"own"
 
 
 def test_reconcile_one_host_and_only_where_it_may_write(mirror: Path, tribrick_settings: Settings) -> None:
@@ -527,6 +675,18 @@ def test_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     day.with_name(kept).rename(day.with_name(old))
     assert tribrick("sweep", "--apply")[1]["expired"] == 1
     assert list((root() / audit.QUARANTINE).iterdir()) == []
+
+
+def test_sweep_empties_the_quarantine_of_a_link_to_a_directory(mirror: Path, tmp_path: Path) -> None:
+    row = add()
+    copy_to(mirror, row)
+    (root() / row.name).unlink()
+    (root() / row.name).symlink_to(tmp_path)
+    assert tribrick("reconcile", "--host", "storage", "--apply")[0] == 0
+    (day,) = (root() / audit.QUARANTINE).iterdir()
+    day.rename(day.with_name("2026-01-01"))
+    assert tribrick("sweep", "--apply")[1]["expired"] == 1
+    assert list((root() / audit.QUARANTINE).iterdir()) == [] and list(tmp_path.iterdir())
 
 
 def test_sweep_takes_temporary_files_of_killed_processes(monkeypatch: pytest.MonkeyPatch) -> None:

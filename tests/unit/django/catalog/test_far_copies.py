@@ -468,9 +468,20 @@ def test_audit_and_repair_over_ssh(ssh: Any, elsewhere: Path) -> None:
     assert after[fine.name] == before[fine.name]
     assert after["foreign.txt"] == before["foreign.txt"], "nothing that is extra is removed"
     (day,) = (elsewhere / audit.QUARANTINE).iterdir()
-    assert (day / rows[4].name).read_bytes() == b"x" * 5001, "what was replaced is kept"
+    [kept] = day.glob(f"{rows[4].name}.*")
+    assert kept.read_bytes() == b"x" * 5001, "what was replaced is kept"
     assert list((elsewhere / hasher.INCOMING).iterdir()) == []
     assert findings(tribrick("audit")[1]) == {("far", "extra", "foreign.txt")}
+
+
+def test_what_was_replaced_on_one_day_is_all_kept(ssh: Any, elsewhere: Path) -> None:
+    row = add(b"right")
+    copy_to(elsewhere, row)
+    for wrong in (b"one", b"two"):
+        (elsewhere / row.name).write_bytes(wrong)
+        assert tribrick("reconcile", "--apply")[0] == 0
+    kept = [path.read_bytes() for path in (elsewhere / ".tribrick-quarantine").rglob("*") if path.is_file()]
+    assert sorted(kept) == [b"one", b"two"]
 
 
 @SOME

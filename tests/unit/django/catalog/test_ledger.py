@@ -492,6 +492,46 @@ def test_verify(path: Path) -> None:
     assert ledger.verify(path) == (number, chain, 1)
 
 
+@pytest.mark.parametrize("when", ["SELECT count(*) FROM files", "SELECT name, state, storage, sha256, size FROM files"])
+def test_what_is_followed_during_a_check_is_no_damage(path: Path, when: str) -> None:
+    some_history()
+    ledger.follow_once(path)
+    add()
+    tries: list[str] = []
+
+    def follow() -> None:
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
+                database.execute("BEGIN IMMEDIATE")
+                for entry in ledger._entries(ledger._last(database)[0]):
+                    ledger._write(database, entry, entry.chain(ledger._last(database)[1]))
+                database.execute("COMMIT")
+            tries.append("written")
+        except sqlite3.OperationalError as error:
+            tries.append(str(error))
+
+    with Ledger(path) as one:
+        one._db.set_trace_callback(lambda sql: follow() if sql == when else None)
+        one.check()
+        one._db.set_trace_callback(None)
+    assert tries == ["database is locked"], "the follower waits for the end of the check"
+
+
+def test_what_is_followed_during_a_verification_is_no_difference(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_history()
+    ledger.follow_once(path)
+    real = Ledger.last
+
+    def last(one: Ledger) -> tuple[int, str]:
+        found = real(one)
+        add()
+        ledger.follow_once(path)
+        return found
+
+    monkeypatch.setattr(Ledger, "last", last)
+    assert ledger.verify(path)[2] == 1
+
+
 @pytest.mark.parametrize(
     "statement",
     [

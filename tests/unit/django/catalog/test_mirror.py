@@ -107,6 +107,11 @@ def current(config: Config) -> dict[str, bytes]:
     return tree(Path(config.place) / "current")
 
 
+def ledger_last(config: Config) -> int:
+    with Ledger(config.ledger) as one:
+        return one.last()[0]
+
+
 def only_snapshot(config: Config) -> Path:
     [one] = Mirror(config).snapshots()
     return Path(config.place) / "snapshots" / one.name
@@ -212,7 +217,9 @@ def test_a_password_is_not_on_the_command_line() -> None:
 def test_the_newest_change_of_a_dump() -> None:
     rows = ["1\ta\t7\tx", "2\ta\t\\N\tx", "3\tb\t12\ty", "\\.", "99"]
     head = 'COPY public.tribrick_change (id, kind, "number", name) FROM stdin;'
-    assert mirror.newest_change(["SET x;", head, *rows]) == 12
+    number, row = mirror.newest_change(["SET x;", head, *rows])
+    assert number == 12 and row == {"id": "3", "kind": "b", "number": "12", "name": "y"}
+    assert mirror.newest_change([head, "\\."]) == (0, {})
     with pytest.raises(MirrorError, match="migrated"):
         mirror.newest_change(["SET x;"])
 
@@ -280,6 +287,25 @@ def test_a_run_makes_a_pair_of_files_and_database(config: Config) -> None:
 
     again = run(config)
     assert (again.copied, again.removed, again.snapshot) == (0, 0, ""), "one snapshot an hour"
+
+
+def test_a_snapshot_of_nothing_is_not_the_one_to_restore(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nodes that were made new after a loss take snapshots before anybody has copied the old one there."""
+    add()
+    run(config)
+    kept = only_snapshot(config)
+    (tmp_path / "new").mkdir()
+    Change.objects.all().delete()
+    MediaFile.objects.all().delete()
+    new = changed(config, place=str(tmp_path / "new"), ledger=str(tmp_path / "new.sqlite"))
+    shutil.rmtree(root() / "photos")
+    report = run(new)
+    assert report.snapshot and not report.good and report.problems == []
+    shutil.copytree(kept, Path(new.place) / "snapshots" / "2026-01-01T10-00-00Z", symlinks=True)
+    code, said = told(capsys, new)
+    assert code == 0 and said.startswith("2026-01-01T10-00-00Z")
 
 
 def test_deleted_files_leave_the_mirror_and_stay_in_snapshots(config: Config) -> None:
@@ -492,6 +518,25 @@ def test_deleted_after_the_dump_and_before_the_copy(config: Config) -> None:
     assert current(config) == {rows[1].name: b"after the dump"}
 
 
+def test_many_that_were_deleted_after_the_dump(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "SHOWN", 1)
+    one = Mirror(config)
+    dump = one._dump
+
+    def late(target: Path) -> Any:
+        rows = [add(), add()]
+        newest = dump(target)
+        for row in rows:
+            catalog.delete(row)
+        ledger.follow_once(config.ledger)
+        return newest
+
+    run(config)
+    one._dump = late  # type: ignore[method-assign]
+    report = one.run(snapshot=True)
+    assert mirror.verify(Path(config.place) / "snapshots" / report.snapshot) == []
+
+
 def test_database_away(config: Config, database_away: Any) -> None:
     row = add(b"one")
     ledger.follow_once(config.ledger)
@@ -593,6 +638,21 @@ def test_a_database_that_lost_its_last_changes_makes_no_snapshot(config: Config)
     assert len(Mirror(config).snapshots()) == 1 and len(current(config)) == 2
 
 
+def test_a_database_that_has_others_in_place_of_its_last_changes_makes_no_snapshot(config: Config) -> None:
+    """As many as it lost: the numbers alone would say that dump and ledger are a pair."""
+    add(b"one")
+    row = add(b"two")
+    run(config)
+    Change.objects.filter(name=row.name).delete()
+    row.delete()
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER SEQUENCE tribrick_change_number RESTART WITH 2")
+    add(b"another")
+    with pytest.raises(Away, match="another change 2 than the ledger"):
+        Mirror(config).run(snapshot=True)
+    assert len(Mirror(config).snapshots()) == 1
+
+
 def test_another_history_is_gone_through_from_the_start(config: Config) -> None:
     kept, dead = add(b"kept"), add(b"dead")
     run(config)
@@ -620,6 +680,90 @@ def test_spoilt_bytes_are_mended_in_snapshots_too(config: Config) -> None:
     assert mirror.verify(snapshot) == []
 
 
+@pytest.mark.parametrize("step", ["_mend_snapshots", "_put"])
+def test_killed_while_spoilt_bytes_are_mended(config: Config, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    row = add(b"good bytes")
+    run(config)
+    (Path(config.place) / "current" / row.name).write_bytes(b"bad bytes!")
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, step, lambda *_words: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, full=True, snapshot=False)
+    assert run(config, full=True, snapshot=False).problems == []
+    assert current(config) == {row.name: b"good bytes"} and mirror.verify(only_snapshot(config)) == []
+
+
+def test_spoilt_bytes_that_the_volume_lacks_for_now_are_mended_later(config: Config) -> None:
+    row = add(b"good bytes")
+    run(config)
+    (Path(config.place) / "current" / row.name).write_bytes(b"bad bytes!")
+    (root() / row.name).rename(root() / "away")
+    assert len(run(config, full=True, snapshot=False).problems) == 1
+    (root() / "away").rename(root() / row.name)
+    assert run(config, snapshot=False).problems == []
+    assert current(config) == {row.name: b"good bytes"} and mirror.verify(only_snapshot(config)) == []
+
+
+def test_an_adopted_file_leaves_what_it_was_in_the_snapshots(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    (root() / "old").write_bytes(b"as it was")
+    run(config)
+    snapshot = only_snapshot(config)
+    (root() / "old").write_bytes(b"as it is ")
+    catalog.record(StoredFile("old", hashlib.sha256(b"as it is ").hexdigest(), 9))
+    assert run(config, snapshot=False).problems == [] and current(config) == {"old": b"as it is "}
+    assert mirror.verify(snapshot) == [] and tree(snapshot / "files") == {"old": b"as it was"}
+
+
+def test_spoilt_foreign_files_are_mended(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    (root() / "old").write_bytes(b"good bytes")
+    run(config)
+    (Path(config.place) / "current/old").write_bytes(b"bad bytes!")
+    assert run(config, full=True, snapshot=False).mended == 1
+    assert current(config) == {"old": b"good bytes"} and mirror.verify(only_snapshot(config)) == []
+    assert run(config, full=True, snapshot=False).copied == 0
+
+
+def recorded(name: str) -> None:
+    (root() / name).parent.mkdir(exist_ok=True)
+    (root() / name).write_bytes(name.encode())
+    catalog.record(StoredFile(name, hashlib.sha256(name.encode()).hexdigest(), len(name)))
+
+
+def test_a_file_and_a_directory_of_one_name(config: Config) -> None:
+    recorded("a")
+    recorded("b/c")
+    run(config)
+    for name in ("a", "b/c"):
+        catalog.delete(name)
+    (root() / "b").rmdir()
+    recorded("a/d")
+    recorded("b")
+    assert run(config).problems == [] and current(config) == {"a/d": b"a/d", "b": b"b"} == stored()
+
+
+def test_a_foreign_file_that_is_in_the_way_is_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    (root() / "a").write_bytes(b"foreign")
+    (root() / "b").mkdir()
+    (root() / "b/c").write_bytes(b"foreign")
+    run(config)
+    (root() / "a").unlink()
+    (root() / "a").mkdir()
+    (root() / "a/e").write_bytes(b"foreign")
+    shutil.rmtree(root() / "b")
+    for name in ("a/d", "b", "z"):
+        recorded(name)
+    report = run(config, full=True, snapshot=True)
+    assert len(report.problems) == 2 and not report.good and len(report.volume) == 1
+    assert all("in its way" in one for one in [*report.problems, *report.volume])
+    assert current(config) == {"a": b"foreign", "b/c": b"foreign", "z": b"z"}, "the others come"
+    (Path(config.place) / "current/a").unlink()
+    shutil.rmtree(Path(config.place) / "current/b")
+    assert run(config).problems == [] and current(config) == {"z": b"z", **stored()}
+
+
 def test_foreign_files_come_along_once_a_week(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror, "YOUNG", 0.0)
     (root() / "old").mkdir()
@@ -640,6 +784,22 @@ def test_foreign_files_come_along_once_a_week(config: Config, monkeypatch: pytes
     report = run(config, full=True)
     assert report.copied == 1 and current(config) == wanted | {"old/-rf": b"changed"}
     assert tree(only_snapshot(config) / "files") == wanted, "a snapshot does not change with the mirror"
+
+
+def test_a_foreign_name_that_is_no_text(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    name = os.fsdecode(b"\xe9t\xe9.jpg")
+    (root() / name).write_bytes(b"of another time")
+    row = add()
+    report = run(config)
+    assert report.problems == report.volume == [] and report.good and report.foreign == 1
+    assert current(config) == {row.name: b"one", name: b"of another time"}
+    assert mirror.verify(only_snapshot(config)) == []
+    (only_snapshot(config) / "files" / name).unlink()
+    assert mirror.main(["--config", write(config), "verify"]) == 1
+    assert "missing: \\udce9t\\udce9.jpg" in capsys.readouterr().out
 
 
 def test_hostile_names_of_the_catalog(config: Config) -> None:
@@ -706,6 +866,31 @@ def test_old_snapshots_expire(config: Config) -> None:
     assert run(config).expired == [] and (there / "2000-01-01T00-00-00Z").exists()
 
 
+def test_a_clock_that_ran_ahead(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done then is neither the newest snapshot for ever, nor the last look at everything for as long."""
+    add(b"before")
+    now, real = mirror._now(), time.time
+    ahead = timedelta(days=400)
+    with monkeypatch.context() as patch:
+        for hours in (0, 1):
+            patch.setattr(mirror, "_now", lambda hours=hours: now + ahead + timedelta(hours=hours))
+            patch.setattr(time, "time", lambda: real() + ahead.total_seconds())
+            run(config)
+    old = [one.name for one in Mirror(config).snapshots()]
+    numbers = [one.number for one in Mirror(config).snapshots()]
+    state = json.loads((Path(config.place) / "state.json").read_text())
+    (Path(config.place) / "state.json").write_text(json.dumps({**state, "pushed": old[-1], "restic": old[0]}))
+    add(b"after")
+    report = run(config)
+    assert report.full
+    there = Mirror(config).snapshots()
+    assert mirror.pick(there).name == report.snapshot and mirror.pick(there).number == ledger_last(config)
+    assert [one.number for one in there[:2]] == numbers and there[-1].at < now + timedelta(minutes=5)
+    one = Mirror(config)
+    one.load()
+    assert one._to_push(one.state.pushed) == one._to_push(one.state.restic) == there[-1]
+
+
 def test_a_snapshot_is_gone_before_its_files_are(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config)
     place = only_snapshot(config)
@@ -718,8 +903,19 @@ def test_a_snapshot_is_gone_before_its_files_are(config: Config, monkeypatch: py
         with pytest.raises(KeyboardInterrupt):
             mirror.remove_snapshot(place.parent, place.name)
     assert Mirror(config).snapshots() == []
+    assert len(list(place.parent.iterdir())) == 1
     run(config)
     assert len(list(place.parent.iterdir())) == 1, "the next run removes the rest"
+
+
+def test_off_site_the_next_expire_removes_what_a_killed_one_left(config: Config) -> None:
+    run(config)
+    place = only_snapshot(config)
+    shutil.copytree(place, place.parent / ".expired-2026-01-01T10-00-00Z")
+    assert mirror.main(["expire", "--directory", str(place.parent)]) == 0
+    assert len(list(place.parent.iterdir())) == 2
+    assert mirror.main(["expire", "--directory", str(place.parent), "--apply"]) == 0
+    assert list(place.parent.iterdir()) == [place]
 
 
 @pytest.fixture
@@ -978,6 +1174,7 @@ def test_restic_gets_the_snapshot_and_its_password_by_the_environment(
         "restic", f'echo "$@" > {tmp_path}/said; echo "$RESTIC_REPOSITORY $RESTIC_PASSWORD $KEY" >> {tmp_path}/said'
     )
     config = changed(config, restic={"repository": "/far", "password": "secret", "environment": {"KEY": "k"}})
+    add()
     report = run(config)
     said = (tmp_path / "said").read_text().splitlines()
     assert said[0].startswith("backup") and said[0].endswith(str(only_snapshot(config))) and "secret" not in said[0]
@@ -985,3 +1182,15 @@ def test_restic_gets_the_snapshot_and_its_password_by_the_environment(
     instead("restic", "echo Fatal: no repository >&2; exit 10")
     with pytest.raises(Away, match="no repository"):
         run(config, snapshot=True)
+
+
+def test_one_off_site_copy_that_is_away_does_not_stop_the_other(config: Config, instead: Any) -> None:
+    instead("restic", "exit 0")
+    push = {"target": "nobody@127.0.0.1:", "port": 1, "identity": "/nowhere", "known_hosts": "/nowhere"}
+    config = changed(config, push=push, restic={"repository": "/far", "password": "secret"})
+    add()
+    one = Mirror(config)
+    ledger.follow_once(config.ledger)
+    with pytest.raises(Away, match="off-site copy to nobody"):
+        one.run()
+    assert one.report.pushed == ["/far"]

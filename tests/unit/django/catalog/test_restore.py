@@ -203,6 +203,7 @@ def test_the_manifest_knows_tombstones_without_a_ledger(config: Config) -> None:
     catalog.delete(deleted)
     second = snapshot(config)
     # Somebody's old copy of the files, beside a snapshot that knows better.
+    (Path(second) / "files" / deleted.name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(place) / "files" / deleted.name, Path(second) / "files" / deleted.name)
     for model in (Media, MediaFile, Change):
         model.objects.all().delete()
@@ -251,6 +252,7 @@ def test_another_file_in_the_way_is_left_alone(config: Config) -> None:
 
 @pytest.mark.parametrize("what", ["nothing", "broken", "place"])
 def test_what_is_no_tree_is_refused(config: Config, what: str) -> None:
+    add()
     place = snapshot(config)
     lose_volume()
     tree_ = {"nothing": f"{place}x", "broken": place, "place": config.place}[what]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -18,6 +19,7 @@ from django.test import override_settings
 from tribrick import audit, catalog, copies
 from tribrick.errors import StorageUnavailable
 from tribrick.models import MediaFile
+from tribrick.restore import Restore
 from tribrick.storage import VolumeStorage
 from tribrick.storage.volume import StoredFile
 
@@ -72,6 +74,30 @@ def test_sweep_and_audit_of_one_leave_the_others_alone(nested: None) -> None:
     whole = copies.PathCopy("brick", settings.MEDIA_ROOT, writable=False)
     report = audit.Audit(audit.CatalogSource("default"), [whole]).run()
     assert [one.name for one in report.findings] == [], "a copy of the whole directory holds more than this storage"
+
+
+def test_a_restore_of_one_does_not_adopt_the_files_of_another(nested: None, tmp_path: Path) -> None:
+    Path(settings.MEDIA_ROOT, "private").mkdir()
+    private = storages["private"].save("z/z.jpg", ContentFile(b"z"))
+    own = VolumeStorage().save("photos/x.jpg", ContentFile(b"x"))
+    tree = tmp_path / "current"
+    shutil.copytree(settings.MEDIA_ROOT, tree)
+    for name in (own, f"private/{private}"):
+        Path(settings.MEDIA_ROOT, name).unlink()
+    done = Restore(tree, apply=True).run()
+    assert (done.restored, done.adopted, done.refused) == ([own], [], {})
+    assert not Path(settings.MEDIA_ROOT, "private", private).exists()
+    done = Restore(tree / "private", alias="private", apply=True).run()
+    assert (done.restored, done.adopted, done.refused) == ([private], [], {})
+    assert set(MediaFile.objects.values_list("name", "storage")) == {(own, "default"), (private, "private")}
+
+
+def test_a_restore_writes_no_file_that_cannot_get_a_row(apart: Path, tmp_path: Path) -> None:
+    """Its name is another file's, in another directory: what was written would be served, and nobody knew of it."""
+    (tmp_path / "b/logo.png").unlink()
+    done = Restore(tmp_path / "a", alias="b", apply=True).run()
+    assert list(done.refused) == ["logo.png"] and list((tmp_path / "b").iterdir()) == []
+    assert list(Restore(tmp_path / "a", alias="b").run().refused) == ["logo.png"], "it is said before, too"
 
 
 def test_what_a_storage_without_rows_made_is_no_stray(nested: None) -> None:

@@ -23,6 +23,7 @@ from django.test import override_settings
 from tribrick import far_copies
 from tribrick.storage import HybridStorage, VolumeStorage
 from tribrick.sync import command, move, plan
+from tribrick.sync.side import Side
 from tribrick.sync.state import State
 
 # Each asks three sides over SSH several times, and takes about ten seconds; the short set has three of them.
@@ -538,6 +539,22 @@ def test_the_first_run_is_asked_for(on: Any, places: Any, tmp_path: Path) -> Non
     assert on("n1", "run", "--init", "--no-catalog", peers=[])[0] == 0
     code, said = on("n1", "run", "--init", "--no-catalog", peers=[])
     assert code == 1 and "already" in said
+
+
+def test_a_first_run_that_was_killed_goes_on(on: Any, places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sync watch` begins a state only where there is none, so nobody would finish the beginning."""
+    places[0].path.unlink()
+    shutil.rmtree(places[0].root / ".tribrick-history")
+    places[0].write("a.jpg", b"one")
+
+    def killed(_side: Side) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Side, "begin", killed)
+        with pytest.raises(KeyboardInterrupt):
+            on("n1", "run", "--init", "--no-catalog", peers=[])
+    assert on("n1", "run", peers=[])[0] == 0 and on("n1", "status")[1]["files"] == 1
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ class Near:
             if scan:
                 with state.locked():
                     side.scan(accept=1000)
-            again = known.state != state.meta("id") or self.rng.random() < self.loses
+            again = known.state != state.sequence() or self.rng.random() < self.loses
             rows = list(state.changes(0 if again else known.seq))
             found = [parse(json.loads(text)) for _number, text in rows]
             self.rng.shuffle(found)
-            return Pulled(found, Peer(self.name, state.meta("id"), state.last(), 0.0), {})
+            return Pulled(found, Peer(self.name, state.sequence(), state.last(), 0.0), {})
 
     def fetch(self, fetch: Fetch, side: Side) -> tuple[set[str], str]:
         came = set()

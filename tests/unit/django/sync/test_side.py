@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import sqlite3
 import time
@@ -12,11 +14,11 @@ from typing import Any
 import pytest
 
 from tribrick.sentinel import HISTORY
+from tribrick.sync import door, versions
 from tribrick.sync import side as side_module
-from tribrick.sync import versions
-from tribrick.sync.plan import Step
+from tribrick.sync.plan import Step, plan
 from tribrick.sync.side import Side
-from tribrick.sync.state import Busy, State, StateDamaged, SyncError
+from tribrick.sync.state import Busy, Stamp, State, StateDamaged, SyncError
 
 
 def heads(place: Any, name: str) -> Any:
@@ -328,6 +330,9 @@ def test_a_damaged_history_is_not_shown(place: Any) -> None:
     assert "damaged" in done.failed["a.jpg"] and place.tree() == {"a.jpg": b"old"}
     with State.open(place.path) as state:
         assert state.dirty() == ["a.jpg"], "it is tried again"
+    with place.open() as side:
+        made = plan({"a.jpg": [step.after]}, {}, {one for one in [step.after.sha256] if side.has(one)})
+    assert [fetch.contents for fetch in made.fetches] == [((step.after.sha256, ""),)], "and fetched from a peer"
 
 
 def test_no_link_is_followed_when_writing(place: Any, tmp_path: Path) -> None:
@@ -372,8 +377,45 @@ def test_a_linked_history_costs_no_space(place: Any) -> None:
         assert side.scan().recorded == 0
 
 
-@pytest.mark.parametrize("restored", ["state", "directory"])
-def test_after_a_restore_no_count_is_given_twice(place: Any, tmp_path: Path, restored: str) -> None:
+def test_linked_files_of_one_content_do_not_change_together(place: Any) -> None:
+    place.write("first.jpg", b"one")
+    with place.open(linked=True) as side:
+        side.scan()
+    apply(place, wish(place, "a.jpg", b"one"), wish(place, "b.jpg", b"one"), linked=True)
+    (place.root / "a.jpg").write_bytes(b"two")  # in place, as SFTP does
+    assert place.tree() == {"first.jpg": b"one", "a.jpg": b"two", "b.jpg": b"one"}
+    with place.open(linked=True) as side:
+        assert side.scan().changed == ["a.jpg"]
+
+
+def test_what_is_removed_is_kept_though_its_history_was_just_overwritten(place: Any) -> None:
+    for name in ("a.jpg", "b.jpg"):  # the history shares its bytes with the first
+        place.write(name, b"one")
+        with place.open(linked=True) as side:
+            side.scan()
+    place.write("a.jpg", b"two")  # in place, after the last scan
+    assert place.contents() == {b"two"}
+    assert apply(place, wish(place, "b.jpg", None), linked=True).removed == ["b.jpg"]
+    assert place.contents() == {b"one"}
+
+
+def test_what_is_recorded_is_kept_though_the_history_was_just_overwritten(place: Any) -> None:
+    place.write("a.jpg", b"one")
+    with place.open(linked=True) as side:
+        side.scan()
+    place.write("b.jpg", b"one")
+    changed = (place.root / "b.jpg").stat().st_ctime_ns
+    while time.time_ns() < changed + 1_000_000_000:
+        time.sleep(0.01)  # ask again: b.jpg is to be older than a.jpg
+    place.write("a.jpg", b"two")
+    with place.open(linked=True) as side:
+        found = side.scan(quiet=0.9)
+    assert (found.new, found.young) == (["b.jpg"], ["a.jpg"])
+    assert place.contents() == {b"one"}, "peers ask for it"
+
+
+@pytest.mark.parametrize("restored", ["state", "directory", "both"])
+def test_after_a_restore_no_count_is_given_twice(place: Any, monkeypatch: pytest.MonkeyPatch, restored: str) -> None:
     place.write("a.jpg", b"one")
     place.scan()
     side = place.root / HISTORY / "side.json"
@@ -382,10 +424,12 @@ def test_after_a_restore_no_count_is_given_twice(place: Any, tmp_path: Path, res
         place.write("a.jpg", data)
         place.scan()
     [later] = heads(place, "a.jpg")
-    if restored == "state":
+    if restored != "directory":
         place.path.write_bytes(backup[0])
-    else:
+    if restored != "state":
         side.write_bytes(backup[1])
+    if restored == "both":  # a machine that was set back has booted
+        monkeypatch.setattr(side_module, "_boot", lambda: "another")
     place.write("a.jpg", b"four")
     place.scan()
     with State.open(place.path) as state:
@@ -393,7 +437,44 @@ def test_after_a_restore_no_count_is_given_twice(place: Any, tmp_path: Path, res
         assert not again.vector < later.vector, "who knows the later one must not take this for an earlier one"
         state.add([later])
         copies = state.settle()
-    assert len(copies) == (1 if restored == "state" else 0), "neither is lost"
+    assert len(copies) == (0 if restored == "directory" else 1), "neither is lost"
+
+
+def test_another_name_is_taken_once_a_boot(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time costs the peers a look at everything."""
+    place.write("a.jpg", b"one")
+    place.scan()
+    before, _lines = told(place)
+    monkeypatch.setattr(side_module, "_boot", lambda: "another")
+    place.scan()
+    after, _lines = told(place)
+    assert after != before
+    place.scan()
+    assert told(place)[0] == after
+
+
+def told(place: Any, after: int = 0, known: str = "-") -> tuple[str, list[Any]]:
+    """What a peer hears: how the numbers are called, and the numbered versions."""
+    out = io.StringIO()
+    door.changes(str(place.path), after, known, False, out)
+    head, *lines, _end = map(json.loads, out.getvalue().splitlines())
+    return head["state"], lines
+
+
+def test_after_a_restore_peers_hear_of_what_got_a_number_that_they_know(place: Any) -> None:
+    place.write("a.jpg", b"one")
+    place.scan()
+    backup = place.path.read_bytes()
+    for data in (b"two", b"three", b"four"):
+        place.write("a.jpg", data)
+        place.scan()
+    known, lines = told(place)
+    assert told(place, lines[-1][0], known)[1] == [], "usually only what is new"
+    place.path.write_bytes(backup)
+    for number in range(5):
+        place.write(f"{number}.jpg", b"new")
+        place.scan()
+    assert told(place, lines[-1][0], known)[1] == told(place)[1], "all of it"
 
 
 def test_others_know_more_of_us_than_we_do(place: Any) -> None:
@@ -406,6 +487,32 @@ def test_others_know_more_of_us_than_we_do(place: Any) -> None:
         assert state.meta("replica") == before
         state.add([versions.replace(mine, vector=mine.vector.with_count(before, 99))])
         assert state.meta("replica") != before
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_change_that_loses_twice_is_kept_twice(place: Any, removed: bool) -> None:
+    """Somebody removed the conflict copy, or changed it; then the same content loses once more."""
+    place.write("a.jpg", b"first")
+    place.scan()
+    for turn in (1, 2):
+        with State.open(place.path) as state:
+            [known] = state.heads("a.jpg")
+        place.write("a.jpg", b"loses")
+        place.scan()
+        theirs = versions.replace(
+            known, vector=known.vector.with_count("n2.00000000", turn), sha256=f"{turn}" * 64, at=2**62, node="n2"
+        )
+        with State.open(place.path) as state:
+            state.add([theirs])
+            copies = state.settle()
+            assert len(copies) == 1
+            assert copies[0] in state.copies(), "it is there to be seen"
+            if turn == 1:
+                state.write(copies[0].name, None if removed else known, at=1)
+            assert state.settle() == [], "once"
+            place.write("a.jpg", b"theirs is shown")
+            state.set_disk(state.heads("a.jpg")[0], Stamp.of((place.root / "a.jpg").stat()))
+    assert copies[0].name.endswith("-2.jpg")
 
 
 def test_what_a_killed_run_has_written_is_no_change_of_anybodys(place: Any) -> None:
