@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from helpers import LONG, NODES, wait_until
 
-WATCHED = ("-e", "peer_watch_enabled=true")  # as molecule.yml has it
 OURS = ("tribrick-address.service", "tribrick-balancer.service")
 
 
 def test_second_rollout_changes_nothing(rig):
     holder = rig.holder()
-    again = rig.rollout(*WATCHED).good()
+    again = rig.rollout().good()
     assert not any(again.changed().values()), again.tasks_that_changed()
     assert rig.holder() == holder, "the address moved"
     print(f"second site.yml with an address: {again.seconds:.0f} s")
@@ -37,11 +36,11 @@ if LONG:
     def test_without_an_address_nothing_of_it_is_left(rig):
         row = rig.upload("node1")
         assert all(left(rig, node) for node in NODES)
-        assert any(rig.rollout(*WATCHED, "-e", "tribrick_vip=").good().changed().values())
+        assert any(rig.rollout("-e", "tribrick_vip=").good().changed().values())
         assert {node: left(rig, node) for node in NODES} == {node: [] for node in NODES}
         rig.settle(90)
         assert all(rig.fetch(node, row).status_code == 200 for node in NODES)
-        again = rig.rollout(*WATCHED, "-e", "tribrick_vip=").good()
+        again = rig.rollout("-e", "tribrick_vip=").good()
         assert not any(again.changed().values()), again.tasks_that_changed()
-        rig.rollout(*WATCHED).good()
+        rig.rollout().good()
         wait_until("one node to hold the address again", lambda: len(rig.holders()) == 1, 30)
