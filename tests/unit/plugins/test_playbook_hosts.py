@@ -77,6 +77,14 @@ def test_what_needs_every_node_is_not_done_on_some(play, name: str, limit: str) 
     assert done.returncode == 2 and "run it again without --limit" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("name", ["../site.yml", "fallback_enable.yml"])
+@pytest.mark.parametrize("absent", ["node2,node3", "node2, node3,"])
+def test_dead_hosts_are_left_out_however_the_list_is_written(play, name: str, absent: str) -> None:
+    done = play(name, "-e", json.dumps({"absent": absent}), "--list-hosts")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(re.findall(r"^ {6}(node\d)$", done.stdout, re.M)) == {"node1"}, done.stdout
+
+
 @pytest.mark.parametrize("limit", [(), ("--limit", "node2")])
 def test_the_page_of_health_judges_whoever_was_asked(play, limit: tuple[str, ...]) -> None:
     done = play("check_health.yml", *limit)
