@@ -139,11 +139,23 @@ class Run:
         """Ask mounts again for old names of renamed files; return what is seen in the end.
 
         A mount that has listed the directory answers for an old name from its cache, as long as it knows the file's
-        attributes, which is a second after anybody looked at it there. What the bricks say is not touched by this.
+        attributes, which is a second after anybody looked at it there. So does the mount that made the rename, when it
+        was told a failure and the bricks had done it. What the bricks say is not touched by this.
         """
-        old = {op.invoke.name for op in ops if op.invoke.what == "rename" and op.outcome == "ok"}
+        renames = [op for op in ops if op.invoke.what == "rename" and op.outcome in ("ok", "info")]
+        old = {op.invoke.name for op in renames if op.outcome == "ok"}
+        unsure = {op.invoke.name: op.invoke.target for op in renames if op.outcome == "info"}
+        files = {(one.place, one.name) for one in seen if one.state == "file"}
+        # Where it is under both names.
+        both = {(place, name) for place, name in files if name in unsure and (place, unsure[name]) in files}
         end = time.monotonic() + CACHE_WAIT
-        while cached := [s for s in seen if s.name in old and s.state == "file" and s.place.startswith("mount ")]:
+        while cached := [
+            one
+            for one in seen
+            if one.state == "file"
+            and one.place.startswith("mount ")
+            and (one.name in old or (one.place, one.name) in both)
+        ]:
             if time.monotonic() > end:
                 break
             threading.Event().wait(2 * CACHED)

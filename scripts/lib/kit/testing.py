@@ -29,8 +29,8 @@ BIN = Path(sys.executable).parent
 CHOSEN = ("faults", "outage")  # the scenarios whose test files can be chosen one by one
 # Scenarios that have not yet been green from one end to the other; they run only when they are named.
 WHEN_NAMED = ("outage", "serving")
-# And files of the others: that take too long for every run, or whose test was just put right (brick_loss: a full disk).
-FILES_WHEN_NAMED = ("brick_loss", "replacement", "maintenance")
+# And files of the others, that take too long for every run.
+FILES_WHEN_NAMED = ("replacement", "maintenance")
 LAB = "fresh"  # a lab of its own: somebody's lab `lab` is left alone
 UP_LIMIT, SECOND_RUN_LIMIT = 480.0, 60.0
 PART_LIMIT = 5400.0

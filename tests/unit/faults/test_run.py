@@ -178,10 +178,15 @@ def test_a_client_that_died_is_no_verdict(
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told", ["", "[Errno 107] Transport endpoint is not connected"])
 @pytest.mark.parametrize(("kind", "times", "red"), [("mount", 1, False), ("mount", 1000, True), ("brick", 1, True)])
 def test_old_names_that_only_a_mount_remembers(
-    lab: Any, monkeypatch: pytest.MonkeyPatch, kind: str, times: int, red: bool
+    lab: Any, monkeypatch: pytest.MonkeyPatch, kind: str, times: int, red: bool, told: str
 ) -> None:
+    ask = LocalMount.ask
+    monkeypatch.setattr(
+        LocalMount, "ask", lambda mount, words: ask(mount, words) or (told if words["what"] == "rename" else "")
+    )
     monkeypatch.setattr(torture, "CACHED", 0.05)
     monkeypatch.setattr(torture, "CACHE_WAIT", 0.4)
     honest, asked = observer.look, dict[str, int]()

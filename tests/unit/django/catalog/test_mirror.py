@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from django.conf import settings
@@ -686,7 +687,7 @@ def test_killed_while_spoilt_bytes_are_mended(config: Config, monkeypatch: pytes
     run(config)
     (Path(config.place) / "current" / row.name).write_bytes(b"bad bytes!")
     with monkeypatch.context() as patch:
-        patch.setattr(Mirror, step, lambda *_words: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Mirror, step, Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(config, full=True, snapshot=False)
     assert run(config, full=True, snapshot=False).problems == []
