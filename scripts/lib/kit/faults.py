@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -29,6 +30,7 @@ TABLE = "lab_fault"  # the nftables table of these faults, beside the kit's own
 NETWORK = Path("/sys/class/net")
 SSH_PORT = 22
 STEP_WAIT = 60.0
+BUSY = "Another transaction is in progress"  # of glusterd, for as long as some other command runs
 FILLS = 20  # times that a full disk is filled up again while a load frees places on it
 T = TypeVar("T")
 
@@ -655,10 +657,20 @@ class BrickKill(OfProcesses):
 
     def lift(self) -> None:
         """Let glusterd start it."""
-        volume = self.lab.site_variables()["tribrick_volume"]
         for host in self.hosts:
-            if state(self.lab, host) == "running" and not processes(self.lab, host, self.pattern()):
-                inside(self.lab, host, f"gluster --mode=script volume start {volume} force", deadline=60)
+            wait_for(Console(), f"the start of the brick of {host}", partial(self._start, host), deadline=STEP_WAIT)
+
+    def _start(self, host: str) -> str | None:
+        if state(self.lab, host) != "running" or processes(self.lab, host, self.pattern()):
+            return None
+        volume = self.lab.site_variables()["tribrick_volume"]
+        try:
+            inside(self.lab, host, f"gluster --mode=script volume start {volume} force", deadline=60)
+        except KitError as error:
+            if BUSY not in str(error):
+                raise
+            return str(error)  # the check of a node's health asks just now
+        return None
 
     def ended(self) -> str | None:
         """It runs."""

@@ -190,3 +190,34 @@ def test_one_address_of_a_lab_stays_until_it_is_taken_away(here: lab.Lab, monkey
     assert here.spool, "one option leaves the others alone"
     assert (up("--no-vip"), up()) == (None, None)
     assert here.spool
+
+
+def test_a_killed_brick_is_started_once_glusterd_has_time(here, monkeypatch):
+    fault = faults.make(here, "brick-kill", ["node2"])
+    running: list[str] = []
+    busy = ["busy", "busy"]
+
+    def inside(_lab, host, script, deadline):
+        assert (host, "start" in script, deadline) == ("node2", True, 60)
+        if busy:
+            busy.pop()
+            raise KitError("volume start: media: failed: Another transaction is in progress. Please try again.")
+        running.append("4711")
+
+    variables = {"tribrick_volume": "media", "tribrick_brick_path": "/srv/brick"}
+    monkeypatch.setattr(lab.Lab, "site_variables", lambda _lab: variables)
+    monkeypatch.setattr(faults, "state", lambda _lab, _host: "running")
+    monkeypatch.setattr(faults, "processes", lambda _lab, _host, _pattern: running)
+    monkeypatch.setattr(faults, "inside", inside)
+    fault.lift()
+    assert running == ["4711"] and not busy
+    fault.lift()
+    assert running == ["4711"], "one that runs is left alone"
+
+    def broken(*_words, **_more):
+        raise KitError("volume start: media: failed: Volume media does not exist")
+
+    running.clear()
+    monkeypatch.setattr(faults, "inside", broken)
+    with pytest.raises(KitError, match="does not exist"):
+        fault.lift()
