@@ -241,11 +241,13 @@ def running(base: Path, spool: bool = False) -> Iterator[dict[str, Node]]:
             site.server_close()
 
 
-def ask(nodes: dict[str, Node], method: str, name: str, content: bytes = b"", pair: str | None = "client") -> int:
+def ask(
+    nodes: dict[str, Node], method: str, name: str, content: bytes = b"", pair: str | None = "client", at: str = "files"
+) -> int:
     """Ask node2 for a file with a certificate of node1; 0 when it does not come to an answer."""
     one, two = nodes["node1"], nodes["node2"]
     given = None if pair is None else (str(one.tls / f"{pair}.crt"), str(one.tls / f"{pair}.key"))
-    address = f"https://127.0.0.1:{two.peer}/files/{name}"
+    address = f"https://127.0.0.1:{two.peer}/{at}/{name}"
     headers = {"X-Content-SHA256": hashlib.sha256(content).hexdigest()} if method == "PUT" else {}
     try:
         # The name in the certificate is nginx's concern here; requests knows the node by its address only.
@@ -433,7 +435,22 @@ def test_a_receiver_answers_under_its_own_path_alone(nodes):
     """Who takes a tree for a spool, or a spool for a tree, is not told that files are not there."""
     given = {"media_receiver_node": "node1", "media_receiver_address": "127.0.0.1", "__media_receiver_tls": "/tls"}
     given["media_receiver_server"] = "tribrick"
-    for own, other in (("/files/", "/spool/"), ("/spool/", "/files/")):
-        text = nodes["node1"].render("media_receiver", "site.conf.j2", **given, media_receiver_prefix=own)
-        assert f"location {own} {{\n        if ($tribrick_peer_refused)" in text
-        assert f"location {other} {{ return 503; }}" in text
+    text = nodes["node1"].render("media_receiver", "site.conf.j2", **given, media_receiver_prefix="/spool/")
+    assert "location /spool/ {\n        if ($tribrick_peer_refused)" in text
+    assert "location /files/ { return 503; }" in text
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_a_tree_is_read_by_who_still_takes_it_for_a_spool(nodes):
+    """On the way into the Gluster-free mode. Nothing is stored or deleted that way, and nothing is said to be nowhere."""
+    assert ask(nodes, "PUT", "photos/tree.png", PICTURE) == 201
+    assert ask(nodes, "GET", "photos/tree.png", at="spool") == 200
+    assert ask(nodes, "HEAD", "photos/tree.png", at="spool") == 200
+    assert ask(nodes, "GET", "photos/tree.png", at="spool", pair=None) in (0, 400)
+    assert ask(nodes, "PUT", "photos/other.png", PICTURE, at="spool") == 503
+    assert ask(nodes, "DELETE", "photos/tree.png", at="spool") == 503
+    assert ask(nodes, "GET", "photos/tree.png") == 200, "it is still there"
+    assert ask(nodes, "GET", "photos/none.png", at="spool") == 503
+    assert ask(nodes, "DELETE", "photos/tree.png") == 204
+    assert ask(nodes, "GET", "photos/tree.png") == 410
+    assert ask(nodes, "GET", "photos/tree.png", at="spool") == 503
