@@ -13,6 +13,7 @@ PROPERTIES = (
     "SubState",
     "UnitFileState",
     "NeedDaemonReload",
+    "ReloadResult",
     "ActiveEnterTimestampMonotonic",
     "StateChangeTimestampMonotonic",
 )
@@ -29,6 +30,7 @@ class Unit:
     stale: bool
     started: float
     changed: float
+    reloaded: bool = True  # False when the last reload failed
 
 
 def parse_show(text: str, names: list[str]) -> dict[str, Unit]:
@@ -50,6 +52,7 @@ def parse_show(text: str, names: list[str]) -> dict[str, Unit]:
             stale=values.get("NeedDaemonReload") == "yes",
             started=int(values.get("ActiveEnterTimestampMonotonic") or 0) / 1e6,
             changed=int(values.get("StateChangeTimestampMonotonic") or 0) / 1e6,
+            reloaded=values.get("ReloadResult", "success") == "success",
         )
     return units
 
@@ -77,6 +80,7 @@ def verbs(wanted: dict, unit: Unit, newest: float, proven: bool = True) -> list[
             steps.append("start")
         elif not proven or (wanted["on_change"] == "restart" and newest > unit.started):
             steps.append("restart")
-        elif wanted["on_change"] == "reload" and newest > max(unit.started, unit.changed):
+        # A reload that failed has changed the unit's state, too: the time alone would call it done.
+        elif wanted["on_change"] == "reload" and (newest > max(unit.started, unit.changed) or not unit.reloaded):
             steps.append("reload")
     return steps

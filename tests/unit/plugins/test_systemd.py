@@ -12,6 +12,7 @@ ActiveState=active
 SubState=running
 UnitFileState=enabled
 NeedDaemonReload=yes
+ReloadResult=exit-code
 ActiveEnterTimestampMonotonic=5000000
 StateChangeTimestampMonotonic=6000000
 
@@ -26,8 +27,10 @@ StateChangeTimestampMonotonic=0
 """
 
 
-def unit(active: str = "active", enabled: str = "enabled", started: float = 10.0, changed: float = 10.0) -> Unit:
-    return Unit("x.service", True, active, enabled, False, started, changed)
+def unit(
+    active: str = "active", enabled: str = "enabled", started: float = 10.0, changed: float = 10.0, reloaded: bool = True
+) -> Unit:
+    return Unit("x.service", True, active, enabled, False, started, changed, reloaded)
 
 
 def wanted(**changes: object) -> dict:
@@ -36,7 +39,7 @@ def wanted(**changes: object) -> dict:
 
 def test_parse_show_reads_each_unit_under_the_name_it_was_asked_by() -> None:
     units = parse_show(SHOW, ["glusterd.service", "missing.service"])
-    assert units["glusterd.service"] == Unit("glusterd.service", True, "active", "enabled", True, 5.0, 6.0)
+    assert units["glusterd.service"] == Unit("glusterd.service", True, "active", "enabled", True, 5.0, 6.0, False)
     assert not units["missing.service"].loaded
 
 
@@ -61,6 +64,8 @@ def test_parse_show_refuses_an_answer_for_fewer_units() -> None:
         (wanted(on_change=None), unit(), 11.0, []),
         (wanted(on_change="reload"), unit(), 11.0, ["reload"]),
         (wanted(on_change="reload"), unit(changed=12.0), 11.0, []),
+        (wanted(on_change="reload"), unit(changed=12.0, reloaded=False), 11.0, ["reload"]),
+        (wanted(), unit(reloaded=False), 5.0, []),
         (wanted(on_change="restart"), unit(changed=12.0), 11.0, ["restart"]),
         (wanted(state="stopped", enabled=False), unit(), 11.0, ["disable", "stop"]),
         (wanted(state="stopped", enabled=None), unit(active="failed"), 11.0, []),
