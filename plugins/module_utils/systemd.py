@@ -18,6 +18,8 @@ PROPERTIES = (
     "StateChangeTimestampMonotonic",
 )
 
+_RUNNING = ("active", "reloading", "activating")
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -57,6 +59,13 @@ def parse_show(text: str, names: list[str]) -> dict[str, Unit]:
     return units
 
 
+def retirement(unit: Unit) -> list[str]:
+    """The systemctl verbs for a unit that is not wanted any more. It is stopped first: a run that is killed still finds it."""
+    steps = ["stop"] if unit.active in _RUNNING else []
+    steps += ["disable"] if unit.enabled in ("enabled", "enabled-runtime") else []
+    return steps + (["reset-failed"] if unit.active == "failed" else [])
+
+
 def verbs(wanted: dict, unit: Unit, newest: float, proven: bool = True) -> list[str]:
     """The systemctl verbs that bring ``unit`` to what is ``wanted``, in order.
 
@@ -72,7 +81,7 @@ def verbs(wanted: dict, unit: Unit, newest: float, proven: bool = True) -> list[
             steps.append("enable")
         if not wanted["enabled"] and unit.enabled in ("enabled", "enabled-runtime"):
             steps.append("disable")
-    running = unit.active in ("active", "reloading", "activating")
+    running = unit.active in _RUNNING
     if wanted["state"] == "stopped":
         return [*steps, "stop"] if running else steps
     if wanted["state"] == "started":

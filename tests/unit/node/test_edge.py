@@ -944,7 +944,7 @@ def test_emptying_a_cache_predicts_and_is_repeatable(tmp_path: Path) -> None:
 
 
 def test_another_directory_for_the_cache_has_nginx_started_anew(moving: Node) -> None:
-    """nginx tests it well and then goes on with the old one, which the purger has left: deleted files would come back."""
+    """nginx tests it well and goes on with the old one, which the purger has left: deleted files would come back."""
     node = moving
     (node.run / "open").touch()
     file = node.work / "nginx.conf"
@@ -957,7 +957,9 @@ def test_another_directory_for_the_cache_has_nginx_started_anew(moving: Node) ->
         node.put(node.mount, each, SMALL)
     assert node.get(f"/media/{one}").status_code == 200 and node.cached(), "it fills the old one"
 
-    drop_ins = {render("media_edge", "nginx.service.conf.j2", media_edge_cache=str(where)) for where in (node.cache, "/x")}
+    drop_ins = {
+        render("media_edge", "nginx.service.conf.j2", media_edge_cache=str(where)) for where in (node.cache, "/x")
+    }
     assert len(drop_ins) == 2, "its drop-in tells of the directory"
     [run] = [
         task["tribrick.media.units"]["units"]
