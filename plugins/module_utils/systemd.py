@@ -60,7 +60,7 @@ def parse_show(text: str, names: list[str]) -> dict[str, Unit]:
 
 
 def retirement(unit: Unit) -> list[str]:
-    """The systemctl verbs for a unit that is not wanted any more. It is stopped first: a run that is killed still finds it."""
+    """The verbs for a unit that is not wanted any more. It is stopped first: a run that is killed still finds it."""
     steps = ["stop"] if unit.active in _RUNNING else []
     steps += ["disable"] if unit.enabled in ("enabled", "enabled-runtime") else []
     return steps + (["reset-failed"] if unit.active == "failed" else [])

@@ -38,7 +38,7 @@ options:
         type: list
         elements: str
   exclusive:
-    description: Sets of units on the host of which only those that O(units) names are wanted. The others are taken away.
+    description: Sets of units on the host, of which only those that O(units) names are wanted. The others go.
     type: list
     elements: dict
     default: []
