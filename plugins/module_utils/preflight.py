@@ -146,10 +146,11 @@ def about_volume(wish: Wish) -> list[str]:
             "least, since with two neither can tell a dead peer from a cut line. Add "
             f"{REPLICA - len(servers)} host(s) to the group."
         )
-    elif len(servers) % REPLICA:
+    elif len(servers) > REPLICA:
         found.append(
-            f"The group gluster_servers has {len(servers)} hosts ({join(servers)}), which is no "
-            "multiple of three: each file lives on three nodes. Add or remove hosts."
+            f"The group gluster_servers has {len(servers)} hosts ({join(servers)}): the kit takes three. Audit, proof and "
+            "recovery take all bricks for copies of each other, and with six a file is on three of them only. Leave three "
+            "hosts in the group; hosts that run the site without a brick belong in app_servers alone."
         )
     mount, path = wish["brick_mount"].rstrip("/"), posixpath.normpath(wish["brick_path"])
     if not path.startswith(mount + "/"):

@@ -182,10 +182,10 @@ def check(spec: SiteSpec) -> None:
             f"{count} node{'s' * (count != 1)} cannot keep three copies: give at least three "
             "nodes. With two, neither can tell a dead peer from a cut line."
         )
-    if count % REPLICA:
+    if count > REPLICA and spec.backend == BACKENDS[0]:
         raise SiteError(
-            f"{count} nodes cannot be grouped in threes: every file lives on three nodes, so give "
-            f"{count - count % REPLICA} or {count - count % REPLICA + REPLICA} nodes."
+            f"{count} nodes are too many: with a volume every file lives on three nodes, and recovery takes all bricks for "
+            "copies of each other. Give three; hosts that only run the site are added to app_servers in hosts.yml."
         )
     if (spec.database_host is None) == (spec.database_url is None):
         raise SiteError(

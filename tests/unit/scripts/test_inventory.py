@@ -227,7 +227,7 @@ def test_a_failure_leaves_no_half_inventory(tmp_path: Path, monkeypatch: pytest.
         ({"nodes": {}}, "0 nodes cannot keep"),
         ({"nodes": dict(list(NODES.items())[:1])}, "1 node cannot keep"),
         ({"nodes": dict(list(NODES.items())[:2])}, "2 nodes cannot keep three copies"),
-        ({"nodes": NODES | {"node4": "192.0.2.14"}}, "give 3 or 6 nodes"),
+        ({"nodes": NODES | {f"node{n}": f"192.0.2.1{n}" for n in (4, 5, 6)}}, "6 nodes are too many"),
         ({"nodes": NODES | {"node3": "192.0.2.11"}}, "node1 and node3 have the same address"),
         ({"nodes": NODES | {"node3": "192.0.2.13/24"}}, "no plain IP address for node3"),
         ({"nodes": NODES | {"node3": "127.0.1.1"}}, "cannot be the address of node3"),
