@@ -148,9 +148,9 @@ def about_volume(wish: Wish) -> list[str]:
         )
     elif len(servers) > REPLICA:
         found.append(
-            f"The group gluster_servers has {len(servers)} hosts ({join(servers)}): the kit takes three. Audit, proof and "
-            "recovery take all bricks for copies of each other, and with six a file is on three of them only. Leave three "
-            "hosts in the group; hosts that run the site without a brick belong in app_servers alone."
+            f"The group gluster_servers has {len(servers)} hosts ({join(servers)}): the kit takes three. Audit, "
+            "proof and recovery take all bricks for copies of each other, and with six a file is on three of them "
+            "only. Leave three hosts in the group; those without a brick may run the site, in app_servers."
         )
     mount, path = wish["brick_mount"].rstrip("/"), posixpath.normpath(wish["brick_path"])
     if not path.startswith(mount + "/"):

@@ -184,8 +184,8 @@ def check(spec: SiteSpec) -> None:
         )
     if count > REPLICA and spec.backend == BACKENDS[0]:
         raise SiteError(
-            f"{count} nodes are too many: with a volume every file lives on three nodes, and recovery takes all bricks for "
-            "copies of each other. Give three; hosts that only run the site are added to app_servers in hosts.yml."
+            f"{count} nodes are too many: with a volume every file lives on three nodes, and recovery takes all bricks "
+            "for copies of each other. Give three; hosts that only run the site are added to app_servers in hosts.yml."
         )
     if (spec.database_host is None) == (spec.database_url is None):
         raise SiteError(

@@ -561,7 +561,9 @@ def test_small_disks_are_refused_one_by_one() -> None:
     assert all("1.0 GiB; 5 GiB are the least" in text for text in found)
 
 
-@pytest.mark.parametrize(("count", "words"), [(0, "0 host"), (2, "2 host(s) (node1 and node2)"), (4, "4 hosts"), (6, "6 hosts")])
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 host"), (2, "2 host(s) (node1 and node2)"), (4, "4 hosts"), (6, "6 hosts")]
+)
 def test_the_number_of_nodes(count: int, words: str) -> None:
     site = fresh()
     site["wish"]["gluster_servers"] = [*NODES, "db1", "node5", "node6"][:count]
