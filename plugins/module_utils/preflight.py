@@ -18,6 +18,7 @@ from typing import Any
 REPLICA = 3
 BACKENDS = ("volume", "hybrid", "async", "distributed")
 RECEIVERS = ("tribrick", "nginx", "lighttpd")
+TLS = ("generated", "given")
 PORTS = {22: "SSH", 80: "nginx", 443: "nginx", 5432: "PostgreSQL", 24007: "GlusterFS", 24008: "GlusterFS"}
 GIB = 1 << 30
 NO_VOLUME_ID = "00000000-0000-4000-8000-000000000000"  # as inventories/example/ has it
@@ -93,7 +94,7 @@ def about_inventory(wish: Wish) -> list[str]:
                 f"The secret {name} is missing or empty: scripts/new-site makes it; put it into "
                 "group_vars/all/vault.yml with 'ansible-vault edit'."
             )
-    return found + about_ports(wish) + about_address(wish)
+    return found + about_certificate(wish) + about_ports(wish) + about_address(wish)
 
 
 def has_volume(wish: Wish) -> bool:
@@ -201,6 +202,16 @@ def about_address(wish: Wish) -> list[str]:
     if len(nodes) < 2:
         found.append("tribrick_vip needs two hosts in app_servers at the least: with one nobody could take it over.")
     return found
+
+
+def about_certificate(wish: Wish) -> list[str]:
+    """What browsers are shown; a key that does not fit would keep nginx from starting at the next boot."""
+    if wish["tls"] not in TLS:
+        return [f"tribrick_tls is '{wish['tls']}', which is neither {' nor '.join(TLS)}: correct it in the inventory."]
+    if not wish["tls_problem"]:
+        return []
+    files = "tribrick_tls_certificate and tribrick_tls_key, which name files on this machine"
+    return [f"tribrick_tls is given, but {wish['tls_problem']}: correct {files}."]
 
 
 def about_ports(wish: Wish) -> list[str]:

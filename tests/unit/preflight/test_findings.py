@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 from ansible_collections.tribrick.media.plugins.filter import preflight as filters
 from ansible_collections.tribrick.media.plugins.module_utils import preflight
+from cryptography.hazmat.primitives import serialization
+from unit.node.test_peers import issue
 
 ROOT = Path(__file__).resolve().parents[3]
 NODES = {"node1": "192.0.2.11", "node2": "192.0.2.12", "node3": "192.0.2.13"}
@@ -35,6 +39,8 @@ def good_wish() -> dict[str, Any]:
         "media_backend": "volume",
         "receiver_server": "tribrick",
         "ports": {"tribrick_receiver_port": 7443, "tribrick_balancer_port": "7445"},
+        "tls": "generated",
+        "tls_problem": "",
         "vip": "",
         "vip_interface": "",
         "volume": "media",
@@ -568,6 +574,49 @@ def test_the_number_of_nodes(count: int, words: str) -> None:
     site = fresh()
     site["wish"]["gluster_servers"] = [*NODES, "db1", "node5", "node6"][:count]
     assert any(words in text for text in judge(site))
+
+
+def test_what_browsers_are_shown() -> None:
+    site = fresh()
+    site["wish"]["tls"] = "givn"
+    assert any("tribrick_tls is 'givn', which is neither generated nor given" in text for text in judge(site))
+    site["wish"] |= {"tls": "given", "tls_problem": "the certificate cannot be read"}
+    assert any("given, but the certificate cannot be read: correct tribrick_tls_cert" in text for text in judge(site))
+
+
+def test_a_given_certificate_is_read_with_its_key(tmp_path: Path) -> None:
+    """By the role's own variables, from files."""
+    one, two, sealed = tmp_path / "one", tmp_path / "two", tmp_path / "sealed.key"
+    ca = issue(tmp_path, "ca", "CA")
+    for folder in (one, two):
+        folder.mkdir()
+        _, key = issue(folder, "node", folder.name, ca)
+    form = serialization.PrivateFormat.PKCS8
+    sealed.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.BestAvailableEncryption(b"x")))
+    assert shown(one / "node.crt", one / "node.key") == ""
+    assert shown(one / "node.crt", two / "node.key") == "the key is not that of the first certificate in the file"
+    assert shown(one / "node.crt", sealed) == "the key cannot be read, or has a passphrase"
+    assert shown(one / "node.crt", tmp_path / "absent") == "the key cannot be read, or has a passphrase"
+    assert shown(tmp_path / "absent", one / "node.key") == "the certificate cannot be read"
+    assert shown(tmp_path / "absent", tmp_path / "absent", tls="generated") == ""
+
+
+def shown(certificate: Path, key: Path, tls: str = "given") -> str:
+    """Why this certificate and key are refused, as the role's variables work it out."""
+    variables = yaml.safe_load((ROOT / "roles/preflight/vars/main.yml").read_text(encoding="utf-8"))
+    wish = trust_as_template(variables.pop("__preflight_wish")["tls_problem"])
+    own = {name: trust_as_template(text) if isinstance(text, str) else text for name, text in variables.items()}
+    given = {"preflight_tls": tls, "preflight_tls_certificate": str(certificate), "preflight_tls_key": str(key)}
+    return str(Templar(loader=DataLoader(), variables=own | given).template(wish))
+
+
+@pytest.mark.parametrize(("servers", "password", "there"), [([], "", True), (["db1"], "", False), (["db1"], "x", True)])
+def test_the_database_of_the_kit_needs_its_password(servers: list[str], password: str, there: bool) -> None:
+    [play] = yaml.safe_load((ROOT / "playbooks/check_preflight.yml").read_text(encoding="utf-8"))
+    secrets = play["roles"][0]["vars"]["preflight_secrets"]
+    variables = {"groups": {"database_servers": servers}, "vault_tribrick_database_password": password}
+    asked = trust_as_template(secrets["vault_tribrick_database_password"])
+    assert Templar(loader=DataLoader(), variables=variables).template(asked) is there
 
 
 def test_two_hosts_with_one_address() -> None:
