@@ -167,7 +167,8 @@ def main() -> None:
         module.fail_json(msg=f"systemctl {verb} {name} failed: {why}", journal=log.splitlines(), actions=actions)
 
     found = show()
-    if any(unit.stale or not unit.loaded for unit in found.values()) and not module.check_mode:
+    stopped = {entry["name"] for entry in wanted if entry["state"] == "stopped"}
+    if any(u.stale or not (u.loaded or name in stopped) for name, u in found.items()) and not module.check_mode:
         reload_files()
         found = show()
     removed = [path for path in unwanted if not os.path.islink(path)]

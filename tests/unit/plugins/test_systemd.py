@@ -9,6 +9,8 @@ import pytest
 import yaml
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.testing import patch_module_args
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 from ansible_collections.tribrick.media.plugins.module_utils.systemd import Unit, parse_show, retirement, verbs
 from ansible_collections.tribrick.media.plugins.modules import units
 from unit.node.test_edge import ROOT, render
@@ -166,6 +168,40 @@ def test_what_the_site_lists_no_more_is_taken_away(
     assert systemd.running == every - {"gone.service", "tribrick-site-run@gone.timer"}
     (tmp_path / "multi-user.target.wants/tribrick-site-run@gone.timer").unlink()  # systemctl disable did
     assert run()["changed"] is False
+
+
+@pytest.mark.parametrize(
+    ("server", "gone"),
+    [
+        ("tribrick", ["tribrick-lighttpd.service"]),
+        ("lighttpd", ["tribrick-receiver.socket", "tribrick-receiver.service"]),
+        ("none", ["tribrick-receiver.socket", "tribrick-receiver.service", "tribrick-lighttpd.service"]),
+    ],
+)
+def test_receivers_that_nobody_asks_any_more_are_stopped(server: str, gone: list[str]) -> None:
+    variables = yaml.safe_load((ROOT / "roles/media_receiver/vars/main.yml").read_text(encoding="utf-8"))
+    asked = trust_as_template(variables["__media_receiver_gone"])
+    stopped = Templar(loader=DataLoader(), variables=variables | {"media_receiver_server": server}).template(asked)
+    assert stopped == [{"name": name, "state": "stopped", "enabled": False} for name in gone]
+    tasks = yaml.safe_load((ROOT / "roles/media_receiver/tasks/main.yml").read_text(encoding="utf-8"))
+    assert "__media_receiver_gone" in tasks[-1]["tribrick.media.units"]["units"]
+
+
+def test_what_never_was_costs_no_daemon_reload(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = "Id=x.service\nLoadState=not-found\nActiveState=inactive\nUnitFileState=\nNeedDaemonReload=no\n"
+    calls = []
+
+    def run(_module: object, command: list[str], **_more: object) -> tuple[int, str, str]:
+        calls.append(command[command.index("systemctl") + 1])
+        return 0, absent, ""
+
+    monkeypatch.setattr(AnsibleModule, "run_command", run)
+    given = {"units": [{"name": "x.service", "state": "stopped", "enabled": False}]}
+    with patch_module_args(given), pytest.raises(SystemExit):
+        units.main()
+    assert json.loads(capsys.readouterr().out)["changed"] is False and calls == ["show"]
 
 
 def test_a_unit_that_failed_is_forgotten_when_it_is_taken_away() -> None:
