@@ -665,6 +665,20 @@ def about_switch(facts: Facts, wish: Wish) -> list[str]:
     ]
 
 
+def about_spool(facts: Facts, wish: Wish) -> list[str]:
+    """Uploads that only a spool has, which is to be given up: no site would find them."""
+    if wish["spool"]:
+        return []
+    kept = {host: entry["facts"].get("spooled") for host, entry in facts.items()}
+    return [
+        f"{host} still keeps uploads in its spool ({file}), and without media_spool nobody would look there: set "
+        "media_spool: true again, run 'tribrick drain' on every node until it ends with 0, and give it up then. "
+        "What has no row in the catalog leaves the spool after a day."
+        for host, file in kept.items()
+        if file
+    ]
+
+
 # --- the report ---------------------------------------------------------------------------
 
 
@@ -685,7 +699,7 @@ def findings(facts: Facts, wish: Wish) -> list[str]:
         if has_volume(wish):
             found += about_brick(host, here, wish, known_ids)
     found += about_holders(seen, wish) if wish["vip"] else []
-    found += about_switch(seen, wish)
+    found += about_switch(seen, wish) + about_spool(seen, wish)
     return found + (about_bricks(seen, wish) + about_pool(seen, wish) if has_volume(wish) else [])
 
 

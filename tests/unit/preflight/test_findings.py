@@ -37,6 +37,7 @@ def good_wish() -> dict[str, Any]:
         "edge_servers": list(NODES),
         "database_servers": ["db1"],
         "media_backend": "volume",
+        "spool": False,
         "receiver_server": "tribrick",
         "ports": {"tribrick_receiver_port": 7443, "tribrick_balancer_port": "7445"},
         "tls": "generated",
@@ -332,6 +333,12 @@ FAULTS: list[tuple[str, Callable[[], Site], Callable[[Site], Any], list[str]]] =
         in_wish(media_backend="hybrid"),
         ["node1, node2 and node3 already run media_backend volume", "says hybrid", "Set media_backend: volume again"],
     ),
+    (
+        "spool",
+        fresh,
+        on("node2", spooled="/srv/media-spool/photos/a.png"),
+        ["node2 still keeps uploads in its spool (/srv/media-spool/photos/a.png)", "media_spool: true", "drain"],
+    ),
     ("switch", fresh, on("node2", backend="async"), ["node2 already runs media_backend async", "says volume"]),
     # ports
     (
@@ -574,6 +581,13 @@ def test_the_number_of_nodes(count: int, words: str) -> None:
     site = fresh()
     site["wish"]["gluster_servers"] = [*NODES, "db1", "node5", "node6"][:count]
     assert any(words in text for text in judge(site))
+
+
+def test_a_spool_that_is_in_use_may_have_uploads() -> None:
+    site = fresh()
+    on("node2", spooled="/srv/media-spool/photos/a.png")(site)
+    site["wish"]["spool"] = True
+    assert judge(site) == []
 
 
 def test_what_browsers_are_shown() -> None:
