@@ -84,6 +84,11 @@ def about_inventory(wish: Wish) -> list[str]:
                 f"{host} has the address {address}, where other hosts cannot reach it: put the "
                 "address that its peers use into tribrick_hosts."
             )
+        elif plain.version != 4 and host in {*wish["gluster_servers"], *wish["app_servers"]}:
+            found.append(
+                f"{host} has the address {address}, which is of IPv6: among nodes, GlusterFS and nginx are set up for "
+                "IPv4 alone. Give its address of IPv4 in tribrick_hosts; visitors may come by either."
+            )
     for address, count in Counter(addresses.get(host) for host in wish["hosts"]).items():
         if address is not None and count > 1:
             names = [host for host in wish["hosts"] if addresses.get(host) == address]

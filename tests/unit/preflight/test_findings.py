@@ -633,6 +633,14 @@ def test_the_database_of_the_kit_needs_its_password(servers: list[str], password
     assert Templar(loader=DataLoader(), variables=variables).template(asked) is there
 
 
+def test_nodes_work_together_by_ipv4_alone() -> None:
+    """GlusterFS would not listen, and nginx takes no ADDRESS:PORT of IPv6; a database is only connected to."""
+    site = fresh()
+    site["wish"]["addresses"] |= {"node2": "2001:db8::12", "db1": "2001:db8::21"}
+    [only] = [text for text in preflight.about_inventory(site["wish"]) if "IPv6" in text]
+    assert only.startswith("node2 has the address 2001:db8::12, which is of IPv6") and "in tribrick_hosts" in only
+
+
 def test_two_hosts_with_one_address() -> None:
     site = fresh()
     site["wish"]["addresses"]["db1"] = "192.0.2.11"
