@@ -23,6 +23,9 @@ PORTS = {22: "SSH", 80: "nginx", 443: "nginx", 5432: "PostgreSQL", 24007: "Glust
 GIB = 1 << 30
 NO_VOLUME_ID = "00000000-0000-4000-8000-000000000000"  # as inventories/example/ has it
 
+LONGEST_NAME = 59  # a certificate's name has 64 characters, and the site's is NAME.site
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
 Facts = Mapping[str, Mapping[str, Any]]
 Wish = Mapping[str, Any]
 
@@ -37,6 +40,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """A question that offers the most similar word, or nothing."""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.7)
     return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def is_node_name(name: str) -> bool:
+    """Whether GlusterFS, certificates and /etc/hosts take it."""
+    labels = name.split(".")
+    return len(name) <= LONGEST_NAME and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
 
 
 def sets_of_three(servers: Sequence[str]) -> list[Sequence[str]]:
@@ -66,7 +75,14 @@ def about_inventory(wish: Wish) -> list[str]:
     addresses = wish["addresses"]
     if has_volume(wish):
         found += about_volume(wish)
+    nodes = {*wish["gluster_servers"], *wish["app_servers"]}
     for host in wish["hosts"]:
+        if host in nodes and not is_node_name(host):
+            found.append(
+                f"'{host}' cannot be a node's name: GlusterFS and certificates take letters, digits, hyphens and dots, "
+                f"at most {LONGEST_NAME} characters, and no address. Give it another one in hosts.yml; its address "
+                "belongs into tribrick_hosts."
+            )
         address = addresses.get(host)
         if address is None:
             found.append(f"{host} has no address: add it to tribrick_hosts in group_vars/all/hosts.yml.")
@@ -84,7 +100,7 @@ def about_inventory(wish: Wish) -> list[str]:
                 f"{host} has the address {address}, where other hosts cannot reach it: put the "
                 "address that its peers use into tribrick_hosts."
             )
-        elif plain.version != 4 and host in {*wish["gluster_servers"], *wish["app_servers"]}:
+        elif plain.version != 4 and host in nodes:
             found.append(
                 f"{host} has the address {address}, which is of IPv6: among nodes, GlusterFS and nginx are set up for "
                 "IPv4 alone. Give its address of IPv4 in tribrick_hosts; visitors may come by either."

@@ -641,6 +641,19 @@ def test_nodes_work_together_by_ipv4_alone() -> None:
     assert only.startswith("node2 has the address 2001:db8::12, which is of IPv6") and "in tribrick_hosts" in only
 
 
+@pytest.mark.parametrize("name", ["node_1", "10.0.0.1", "node 1", "-node", f"{'n' * 55}.test", "node1."])
+def test_names_that_glusterfs_or_a_certificate_refuses(name: str) -> None:
+    site = fresh()
+    site["wish"] |= {"hosts": [name], "addresses": {name: "192.0.2.11"}, "app_servers": [name]}
+    [only] = [text for text in preflight.about_inventory(site["wish"]) if "cannot be a node's name" in text]
+    assert only.startswith(f"'{name}'")
+
+
+@pytest.mark.parametrize("name", ["node1", "Node-1", "1.example.test", "n" * 59, "xn--bcher-kva.example"])
+def test_names_that_may_be(name: str) -> None:
+    assert preflight.is_node_name(name)
+
+
 def test_two_hosts_with_one_address() -> None:
     site = fresh()
     site["wish"]["addresses"]["db1"] = "192.0.2.11"

@@ -175,7 +175,6 @@ def test_the_lifetime_of_the_ca_can_be_chosen() -> None:
     assert span.days == round(3 * 365.25)
 
 
-
 def test_a_second_rendering_keeps_secrets_and_volume_id(tmp_path: Path) -> None:
     directory, password = tmp_path / "lab", tmp_path / "password"
     assert inventory.render(SPEC, directory, password, update=True)
@@ -249,7 +248,7 @@ def test_refused_sites(tmp_path: Path, change: dict[str, object], message: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["Node1", "node_1", "-node", "192.0.2.1", "a" * 64, "a." * 40 + "a", "all", "", "a..b"]
+    "name", ["Node1", "node_1", "-node", "192.0.2.1", "a" * 64, "a." * 40 + "a", f"{'a' * 55}.test", "all", "", "a..b"]
 )
 def test_refused_host_names(name: str) -> None:
     with pytest.raises(inventory.SiteError, match="cannot be a host's name"):
