@@ -44,7 +44,7 @@ options:
     default: []
     suboptions:
       pattern:
-        description: Paths of unit files, or of the links by which units are enabled. C(*) stands for any characters.
+        description: Paths of unit files, which go too, or of links that enable units. C(*) stands for any characters.
         type: str
         required: true
       line: {description: Line that a file must have to belong to the set. Leave out for all., type: str}

@@ -86,6 +86,14 @@ def test_an_address_that_is_left_empty_is_none(file: str, name: str, without: ob
     assert Templar(loader=DataLoader(), variables=variables).template(trust_as_template(asked)) == without
 
 
+def test_the_firewall_closes_the_port_that_the_database_has() -> None:
+    [play] = yaml.safe_load((ROOT / "playbooks/deploy_base.yml").read_text(encoding="utf-8"))
+    [rules] = [role["vars"]["__rules"] for role in play["roles"] if "__rules" in role["vars"]]
+    [asked] = [rule["ports"][0] for rule in rules if rule["name"] == "postgresql"]
+    for given, port in (({}, 5432), ({"database_port": 5433}, 5433)):
+        assert Templar(loader=DataLoader(), variables=given).template(trust_as_template(asked)) == port
+
+
 def test_a_spool_has_receivers_a_service_and_readers(found):
     volume, spool = found["volume"], found[SPOOL]
     more = {name: value for name, value in spool["environment"].items() if name not in volume["environment"]}
