@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from ansible.errors import AnsibleFilterError
 from ansible_collections.tribrick.media.plugins.module_utils import preflight
+from ansible_collections.tribrick.media.plugins.plugin_utils import certificates
 
 _NAME = re.compile(r"^(?:# )?((?:vault_)?tribrick_[a-z0-9_]+):", re.MULTILINE)
 
@@ -50,4 +51,5 @@ class FilterModule:
             "preflight_absent_report": preflight.absent_report,
             "preflight_known_variables": known_variables,
             "preflight_variable_prefixes": variable_prefixes,
+            "preflight_pair_problem": certificates.pair_problem,
         }

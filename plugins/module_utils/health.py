@@ -82,6 +82,7 @@ class Config:
     hosts: Mapping[str, str]
     nodes: Sequence[str]
     web: Sequence[str] = ()
+    web_port: int = 80
     volume: str = ""
     brick_path: str = ""
     brick_mount: str = ""
@@ -762,7 +763,7 @@ def see_clocks(config: Config) -> list[Finding]:
     for name in config.web:
         if name == config.node:
             continue
-        connection = http.client.HTTPConnection(config.hosts[name], 80, timeout=3)
+        connection = http.client.HTTPConnection(config.hosts[name], config.web_port, timeout=3)
         try:
             before = time.time()
             connection.request("HEAD", "/", headers={"Host": config.hosts[name]})
@@ -780,7 +781,7 @@ def see_web(config: Config) -> list[Finding]:
     """The own web server answers, whatever it answers."""
     if config.node not in config.web:
         return []
-    connection = http.client.HTTPConnection("127.0.0.1", 80, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", config.web_port, timeout=5)
     try:
         connection.request("HEAD", "/", headers={"Host": config.node})
         connection.getresponse()
@@ -803,7 +804,7 @@ def see_address(config: Config) -> list[Finding]:
     if code != 0:
         raise ValueError(err.strip()[-200:])
     held = any("ifname" in link for link in json.loads(out or "[]"))
-    connection = http.client.HTTPConnection(config.address, 80, timeout=3)
+    connection = http.client.HTTPConnection(config.address, config.web_port, timeout=3)
     try:
         connection.request("HEAD", "/_tribrick_alive", headers={"Host": config.address})
         connection.getresponse()

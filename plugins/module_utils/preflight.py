@@ -18,9 +18,13 @@ from typing import Any
 REPLICA = 3
 BACKENDS = ("volume", "hybrid", "async", "distributed")
 RECEIVERS = ("tribrick", "nginx", "lighttpd")
+TLS = ("generated", "given")
 PORTS = {22: "SSH", 80: "nginx", 443: "nginx", 5432: "PostgreSQL", 24007: "GlusterFS", 24008: "GlusterFS"}
 GIB = 1 << 30
 NO_VOLUME_ID = "00000000-0000-4000-8000-000000000000"  # as inventories/example/ has it
+
+LONGEST_NAME = 59  # a certificate's name has 64 characters, and the site's is NAME.site
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 Facts = Mapping[str, Mapping[str, Any]]
 Wish = Mapping[str, Any]
@@ -36,6 +40,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """A question that offers the most similar word, or nothing."""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.7)
     return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def is_node_name(name: str) -> bool:
+    """Whether GlusterFS, certificates and /etc/hosts take it."""
+    labels = name.split(".")
+    return len(name) <= LONGEST_NAME and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
 
 
 def sets_of_three(servers: Sequence[str]) -> list[Sequence[str]]:
@@ -65,7 +75,14 @@ def about_inventory(wish: Wish) -> list[str]:
     addresses = wish["addresses"]
     if has_volume(wish):
         found += about_volume(wish)
+    nodes = {*wish["gluster_servers"], *wish["app_servers"]}
     for host in wish["hosts"]:
+        if host in nodes and not is_node_name(host):
+            found.append(
+                f"'{host}' cannot be a node's name: GlusterFS and certificates take letters, digits, hyphens and dots, "
+                f"at most {LONGEST_NAME} characters, and no address. Give it another one in hosts.yml; its address "
+                "belongs into tribrick_hosts."
+            )
         address = addresses.get(host)
         if address is None:
             found.append(f"{host} has no address: add it to tribrick_hosts in group_vars/all/hosts.yml.")
@@ -83,6 +100,11 @@ def about_inventory(wish: Wish) -> list[str]:
                 f"{host} has the address {address}, where other hosts cannot reach it: put the "
                 "address that its peers use into tribrick_hosts."
             )
+        elif plain.version != 4 and host in nodes:
+            found.append(
+                f"{host} has the address {address}, which is of IPv6: among nodes, GlusterFS and nginx are set up for "
+                "IPv4 alone. Give its address of IPv4 in tribrick_hosts; visitors may come by either."
+            )
     for address, count in Counter(addresses.get(host) for host in wish["hosts"]).items():
         if address is not None and count > 1:
             names = [host for host in wish["hosts"] if addresses.get(host) == address]
@@ -93,7 +115,7 @@ def about_inventory(wish: Wish) -> list[str]:
                 f"The secret {name} is missing or empty: scripts/new-site makes it; put it into "
                 "group_vars/all/vault.yml with 'ansible-vault edit'."
             )
-    return found + about_ports(wish) + about_address(wish)
+    return found + about_certificate(wish) + about_ports(wish) + about_address(wish)
 
 
 def has_volume(wish: Wish) -> bool:
@@ -146,10 +168,11 @@ def about_volume(wish: Wish) -> list[str]:
             "least, since with two neither can tell a dead peer from a cut line. Add "
             f"{REPLICA - len(servers)} host(s) to the group."
         )
-    elif len(servers) % REPLICA:
+    elif len(servers) > REPLICA:
         found.append(
-            f"The group gluster_servers has {len(servers)} hosts ({join(servers)}), which is no "
-            "multiple of three: each file lives on three nodes. Add or remove hosts."
+            f"The group gluster_servers has {len(servers)} hosts ({join(servers)}): the kit takes three. Audit, "
+            "proof and recovery take all bricks for copies of each other, and with six a file is on three of them "
+            "only. Leave three hosts in the group; those without a brick may run the site, in app_servers."
         )
     mount, path = wish["brick_mount"].rstrip("/"), posixpath.normpath(wish["brick_path"])
     if not path.startswith(mount + "/"):
@@ -200,6 +223,16 @@ def about_address(wish: Wish) -> list[str]:
     if len(nodes) < 2:
         found.append("tribrick_vip needs two hosts in app_servers at the least: with one nobody could take it over.")
     return found
+
+
+def about_certificate(wish: Wish) -> list[str]:
+    """What browsers are shown; a key that does not fit would keep nginx from starting at the next boot."""
+    if wish["tls"] not in TLS:
+        return [f"tribrick_tls is '{wish['tls']}', which is neither {' nor '.join(TLS)}: correct it in the inventory."]
+    if not wish["tls_problem"]:
+        return []
+    files = "tribrick_tls_certificate and tribrick_tls_key, which name files on this machine"
+    return [f"tribrick_tls is given, but {wish['tls_problem']}: correct {files}."]
 
 
 def about_ports(wish: Wish) -> list[str]:
@@ -653,6 +686,20 @@ def about_switch(facts: Facts, wish: Wish) -> list[str]:
     ]
 
 
+def about_spool(facts: Facts, wish: Wish) -> list[str]:
+    """Uploads that only a spool has, which is to be given up: no site would find them."""
+    if wish["spool"]:
+        return []
+    kept = {host: entry["facts"].get("spooled") for host, entry in facts.items()}
+    return [
+        f"{host} still keeps uploads in its spool ({file}), and without media_spool nobody would look there: set "
+        "media_spool: true again, run 'tribrick drain' on every node until it ends with 0, and give it up then. "
+        "What has no row in the catalog leaves the spool after a day."
+        for host, file in kept.items()
+        if file
+    ]
+
+
 # --- the report ---------------------------------------------------------------------------
 
 
@@ -673,7 +720,7 @@ def findings(facts: Facts, wish: Wish) -> list[str]:
         if has_volume(wish):
             found += about_brick(host, here, wish, known_ids)
     found += about_holders(seen, wish) if wish["vip"] else []
-    found += about_switch(seen, wish)
+    found += about_switch(seen, wish) + about_spool(seen, wish)
     return found + (about_bricks(seen, wish) + about_pool(seen, wish) if has_volume(wish) else [])
 
 

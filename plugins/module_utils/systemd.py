@@ -13,9 +13,12 @@ PROPERTIES = (
     "SubState",
     "UnitFileState",
     "NeedDaemonReload",
+    "ReloadResult",
     "ActiveEnterTimestampMonotonic",
     "StateChangeTimestampMonotonic",
 )
+
+_RUNNING = ("active", "reloading", "activating")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Unit:
     stale: bool
     started: float
     changed: float
+    reloaded: bool = True  # False when the last reload failed
 
 
 def parse_show(text: str, names: list[str]) -> dict[str, Unit]:
@@ -50,8 +54,16 @@ def parse_show(text: str, names: list[str]) -> dict[str, Unit]:
             stale=values.get("NeedDaemonReload") == "yes",
             started=int(values.get("ActiveEnterTimestampMonotonic") or 0) / 1e6,
             changed=int(values.get("StateChangeTimestampMonotonic") or 0) / 1e6,
+            reloaded=values.get("ReloadResult", "success") == "success",
         )
     return units
+
+
+def retirement(unit: Unit) -> list[str]:
+    """The verbs for a unit that is not wanted any more. It is stopped first: a run that is killed still finds it."""
+    steps = ["stop"] if unit.active in _RUNNING else []
+    steps += ["disable"] if unit.enabled in ("enabled", "enabled-runtime") else []
+    return steps + (["reset-failed"] if unit.active == "failed" else [])
 
 
 def verbs(wanted: dict, unit: Unit, newest: float, proven: bool = True) -> list[str]:
@@ -69,7 +81,7 @@ def verbs(wanted: dict, unit: Unit, newest: float, proven: bool = True) -> list[
             steps.append("enable")
         if not wanted["enabled"] and unit.enabled in ("enabled", "enabled-runtime"):
             steps.append("disable")
-    running = unit.active in ("active", "reloading", "activating")
+    running = unit.active in _RUNNING
     if wanted["state"] == "stopped":
         return [*steps, "stop"] if running else steps
     if wanted["state"] == "started":
@@ -77,6 +89,7 @@ def verbs(wanted: dict, unit: Unit, newest: float, proven: bool = True) -> list[
             steps.append("start")
         elif not proven or (wanted["on_change"] == "restart" and newest > unit.started):
             steps.append("restart")
-        elif wanted["on_change"] == "reload" and newest > max(unit.started, unit.changed):
+        # A reload that failed has changed the unit's state, too: the time alone would call it done.
+        elif wanted["on_change"] == "reload" and (newest > max(unit.started, unit.changed) or not unit.reloaded):
             steps.append("reload")
     return steps

@@ -188,7 +188,8 @@ class Files:
     def current(path: str) -> str | None:
         """The text of the file, or None when there is none."""
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as stream:
+            # Line ends as they are: a certificate that was made on Windows would differ from itself each time.
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
                 return stream.read()
         except FileNotFoundError:
             return None

@@ -224,6 +224,16 @@ def backend(environment: str) -> str | None:
     return pairs(environment).get("TRIBRICK_BACKEND", "volume") if environment else None
 
 
+def spooled(environment: str) -> str | None:
+    """A file that still lies in the spool of the site on this host, by its environment; None if there is none."""
+    for folder, folders, names in os.walk(pairs(environment).get("TRIBRICK_SPOOL", "")):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                return os.path.join(folder, name)
+    return None
+
+
 def pool() -> dict[str, object]:
     """What glusterd knows. Its store is read, not the daemon asked: it may be down, or not there yet."""
     volumes = {}
@@ -437,6 +447,7 @@ def main() -> None:
         "pool": pool(),
         "pins": kit_pins(read("/etc/hosts")),
         "backend": backend(read(SITE)),
+        "spooled": spooled(read(SITE)),
         "one_address": any(os.path.exists(path) for path in (ADDRESS, BALANCER)),
     }
 

@@ -37,6 +37,20 @@ def load_bundle(pem):
         return []
 
 
+def pair_problem(certificate, key):
+    """Why a web server could not use this certificate, with its chain, and this key, both PEM; empty if it could."""
+    chain = load_bundle(certificate)
+    if not chain:
+        return "the certificate cannot be read"
+    try:
+        found = load_key(key)
+    except (ValueError, TypeError):  # TypeError: it has a passphrase
+        return "the key cannot be read, or has a passphrase"
+    if _identity(found.public_key()) != _identity(chain[0].public_key()):
+        return "the key is not that of the first certificate in the file"
+    return ""
+
+
 def unique(certificates):
     """One certificate of each name and key, the first: hosts make certificates of one CA of their own."""
     found = {}

@@ -97,6 +97,37 @@ def directories(role: str) -> list[tuple[str, tuple]]:
     return found
 
 
+def written(part: object) -> list[dict]:
+    """The files of a task for the action `templates`, in its list or in its own variables."""
+    if isinstance(part, dict):
+        mine = [part] if "dest" in part and {"src", "content"} & set(part) else []
+        return mine + [one for value in part.values() for one in written(value)]
+    return [one for value in part for one in written(value)] if isinstance(part, list) else []
+
+
+def test_what_not_everybody_may_read_is_not_in_logs_and_diffs():
+    """Ansible notes in the host's journal what a module is given, and shows it with --diff."""
+    # Closed, but without a secret; the configuration of the health check has one in its command only.
+    harmless = {
+        "secure-access.j2",
+        "tribrick.conf.j2",
+        "pg_hba.conf.j2",
+        "known_hosts.j2",
+        "authorized_keys.j2",
+        "health.json.j2",
+    }
+    seen, open_ = set(), set()
+    for file in ROOT.glob("roles/*/tasks/*.yml"):
+        for task in yaml.safe_load(file.read_text(encoding="utf-8")):
+            for one in written(task) if "tribrick.media.templates" in task else []:
+                if not int(one.get("mode", "0644"), 8) & 0o004 and (
+                    task.get("no_log") or one.get("src") not in harmless
+                ):
+                    (seen if task.get("no_log") else open_).add(one["dest"])
+    assert {"/etc/tribrick/health.json", "/etc/tribrick/peer-watch.key"} <= seen
+    assert open_ == set()
+
+
 def test_a_directory_of_two_roles_is_made_alike_by_both():
     """Else each rollout changes it twice, and in between its owner cannot write."""
     made: dict[str, dict[tuple, list[str]]] = {}

@@ -87,19 +87,20 @@ class SiteSpec:
         return {**self.nodes, **database}
 
 
-def valid_host_name(name: str) -> bool:
-    """Tell whether a name can be a host name, a certificate's name and an inventory name."""
+def valid_host_name(name: str, longest: int = 64) -> bool:
+    """Tell whether a name can be a host name, a certificate's name (of 64 characters at most) and an inventory name."""
     labels = name.split(".")
     if not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
         return False
-    return len(name) <= 64 and name not in _RESERVED_HOSTS  # 64: a certificate's common name
+    return len(name) <= longest and name not in _RESERVED_HOSTS
 
 
 def _check_host_name(name: str) -> None:
-    if not valid_host_name(name):
+    # The site on it has a certificate for NAME.site.
+    if not valid_host_name(name, 59):
         raise SiteError(
             f"'{name}' cannot be a host's name: use lower-case letters, digits, hyphens and dots, "
-            "at most 64 characters, not an address; for an address give NAME=ADDRESS."
+            "at most 59 characters, not an address; for an address give NAME=ADDRESS."
         )
 
 
@@ -182,10 +183,10 @@ def check(spec: SiteSpec) -> None:
             f"{count} node{'s' * (count != 1)} cannot keep three copies: give at least three "
             "nodes. With two, neither can tell a dead peer from a cut line."
         )
-    if count % REPLICA:
+    if count > REPLICA and spec.backend == BACKENDS[0]:
         raise SiteError(
-            f"{count} nodes cannot be grouped in threes: every file lives on three nodes, so give "
-            f"{count - count % REPLICA} or {count - count % REPLICA + REPLICA} nodes."
+            f"{count} nodes are too many: with a volume every file lives on three nodes, and recovery takes all bricks "
+            "for copies of each other. Give three; hosts that only run the site are added to app_servers in hosts.yml."
         )
     if (spec.database_host is None) == (spec.database_url is None):
         raise SiteError(

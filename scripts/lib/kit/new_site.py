@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="HOST[=ADDRESS]",
-        help="a storage node; give three, or a multiple of three",
+        help="a storage node; give three, or more with a --backend that has no volume",
     )
     database = parser.add_mutually_exclusive_group(required=True)
     database.add_argument(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -519,6 +521,28 @@ def test_the_address_is_asked_for_wherever_it_is(monkeypatch):
     config = replace(CONFIG, address="127.77.77.77")
     codes = [(finding.code, finding.severity) for finding in health.see_address(config)]
     assert codes == [("address-held", "note"), ("address", "error")]
+
+
+def test_the_web_server_is_asked_on_its_own_port():
+    class Web(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Web) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        config = replace(CONFIG, web_port=server.server_port, hosts=dict.fromkeys(NODES, "127.0.0.1"))
+        try:
+            assert health.see_web(config) == []
+            assert health.see_clocks(config) == [], "nobody is far off"
+        finally:
+            server.shutdown()
+            thread.join()
+    assert only(health.see_web(config)).code == "web"
 
 
 def test_a_glusterd_that_hangs_is_told_with_the_playbook_that_mends_it(monkeypatch):

@@ -943,6 +943,37 @@ def test_emptying_a_cache_predicts_and_is_repeatable(tmp_path: Path) -> None:
     assert empty(cache, tmp_path, check=True)["changed"] is False
 
 
+def test_another_directory_for_the_cache_has_nginx_started_anew(moving: Node) -> None:
+    """nginx tests it well and goes on with the old one, which the purger has left: deleted files would come back."""
+    node = moving
+    (node.run / "open").touch()
+    file = node.work / "nginx.conf"
+    file.write_text(file.read_text(encoding="utf-8").replace(str(node.cache), f"{node.work}/other"), encoding="utf-8")
+    node.processes["nginx"].send_signal(signal.SIGHUP)
+    log = node.work / "nginx.log"
+    wait_for(lambda: "cache path while previously" in log.read_text(encoding="utf-8"), "nginx refuses it")
+    one, two = name(), name()
+    for each in (one, two):
+        node.put(node.mount, each, SMALL)
+    assert node.get(f"/media/{one}").status_code == 200 and node.cached(), "it fills the old one"
+
+    drop_ins = {
+        render("media_edge", "nginx.service.conf.j2", media_edge_cache=str(where)) for where in (node.cache, "/x")
+    }
+    assert len(drop_ins) == 2, "its drop-in tells of the directory"
+    [run] = [
+        task["tribrick.media.units"]["units"]
+        for task in yaml.safe_load((ROOT / "roles/media_edge/tasks/main.yml").read_text(encoding="utf-8"))
+        if task["name"] == "Run the origin and nginx with it"
+    ]
+    restarts = [unit["files"] for unit in run if (unit["name"], unit["on_change"]) == ("nginx.service", "restart")]
+    assert restarts == [["/etc/systemd/system/nginx.service.d/tribrick-edge.conf"]]
+    node.stop("nginx")
+    node.start("nginx")
+    assert node.get(f"/media/{two}").status_code == 200
+    assert any((node.work / "other").rglob("?*")), "a new one fills the new one"
+
+
 def test_to_the_gluster_free_mode_and_back(moving: Node) -> None:
     node = moving
     (node.run / "open").touch()

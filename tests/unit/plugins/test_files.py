@@ -41,6 +41,13 @@ def test_check_real_check_again(wanted: dict, tmp_path: Path, capsys: pytest.Cap
     assert not run(capsys, **wanted)["changed"]
 
 
+def test_line_ends_stay_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [{"dest": str(tmp_path / "given.crt"), "content": "-----BEGIN\r\n-----END\r\n"}]
+    assert run(capsys, files=given)["changed"]
+    assert (tmp_path / "given.crt").read_bytes() == b"-----BEGIN\r\n-----END\r\n"
+    assert not run(capsys, files=given)["changed"]
+
+
 def test_rights_alone_are_a_change(wanted: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, **wanted)
     (tmp_path / "a/b/one").chmod(0o666)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 
 ROOT = Path(__file__).resolve().parents[3]
 BACKENDS = ("volume", "hybrid", "async", "distributed")
@@ -69,6 +71,27 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return {backend: json.loads((work / backend).read_text(encoding="utf-8")) for backend in SITES}
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+@pytest.mark.parametrize(
+    ("file", "name", "without"),
+    [("deploy_base", "firewall_rules", []), ("check_preflight", "preflight_ports", {"tribrick_receiver_port": 7443})],
+)
+def test_an_address_that_is_left_empty_is_none(file: str, name: str, without: object, nothing: object) -> None:
+    """`tribrick_vip:` with nothing behind it is not text."""
+    [play] = yaml.safe_load((ROOT / f"playbooks/{file}.yml").read_text(encoding="utf-8"))
+    [asked] = [role["vars"][name] for role in play["roles"] if name in role["vars"]]
+    variables = {"tribrick_vip": nothing, "__rules": [], "__vip_rules": ["vrrp"]}
+    assert Templar(loader=DataLoader(), variables=variables).template(trust_as_template(asked)) == without
+
+
+def test_the_firewall_closes_the_port_that_the_database_has() -> None:
+    [play] = yaml.safe_load((ROOT / "playbooks/deploy_base.yml").read_text(encoding="utf-8"))
+    [rules] = [role["vars"]["__rules"] for role in play["roles"] if "__rules" in role["vars"]]
+    [asked] = [rule["ports"][0] for rule in rules if rule["name"] == "postgresql"]
+    for given, port in (({}, 5432), ({"database_port": 5433}, 5433)):
+        assert Templar(loader=DataLoader(), variables=given).template(trust_as_template(asked)) == port
 
 
 def test_a_spool_has_receivers_a_service_and_readers(found):

@@ -207,3 +207,18 @@ def test_the_file_with_the_address_is_the_roles() -> None:
     assert f": {module.BALANCER}\n" in (role / "vars/main.yml").read_text()
     assert f": {module.ADDRESS}\n" in (role / "vars/main.yml").read_text()
     assert "\n        {{ media_vip_address }}\n" in (role / "templates/keepalived.conf.j2").read_text()
+
+
+def test_uploads_that_are_left_in_a_spool(tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    environment = f'# written\nTRIBRICK_BACKEND="volume"\nTRIBRICK_SPOOL="{spool}"\n'
+    assert module.spooled(environment) is None, "it is not there yet"
+    (spool / ".tribrick-incoming").mkdir(parents=True)
+    (spool / ".tribrick-incoming/half").touch()
+    (spool / "photos/a").mkdir(parents=True)
+    (spool / "photos/a/.new").touch()
+    assert module.spooled(environment) is None, "nothing of it was acknowledged"
+    (spool / "photos/a/cat.png").touch()
+    assert module.spooled(environment) == f"{spool}/photos/a/cat.png"
+    assert module.spooled('TRIBRICK_BACKEND="volume"\n') is None
+    assert module.spooled("") is None

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 from ansible_collections.tribrick.media.plugins.filter import preflight as filters
 from ansible_collections.tribrick.media.plugins.module_utils import preflight
+from cryptography.hazmat.primitives import serialization
+from unit.node.test_peers import issue
 
 ROOT = Path(__file__).resolve().parents[3]
 NODES = {"node1": "192.0.2.11", "node2": "192.0.2.12", "node3": "192.0.2.13"}
@@ -33,8 +37,11 @@ def good_wish() -> dict[str, Any]:
         "edge_servers": list(NODES),
         "database_servers": ["db1"],
         "media_backend": "volume",
+        "spool": False,
         "receiver_server": "tribrick",
         "ports": {"tribrick_receiver_port": 7443, "tribrick_balancer_port": "7445"},
+        "tls": "generated",
+        "tls_problem": "",
         "vip": "",
         "vip_interface": "",
         "volume": "media",
@@ -326,6 +333,12 @@ FAULTS: list[tuple[str, Callable[[], Site], Callable[[Site], Any], list[str]]] =
         in_wish(media_backend="hybrid"),
         ["node1, node2 and node3 already run media_backend volume", "says hybrid", "Set media_backend: volume again"],
     ),
+    (
+        "spool",
+        fresh,
+        on("node2", spooled="/srv/media-spool/photos/a.png"),
+        ["node2 still keeps uploads in its spool (/srv/media-spool/photos/a.png)", "media_spool: true", "drain"],
+    ),
     ("switch", fresh, on("node2", backend="async"), ["node2 already runs media_backend async", "says volume"]),
     # ports
     (
@@ -561,11 +574,84 @@ def test_small_disks_are_refused_one_by_one() -> None:
     assert all("1.0 GiB; 5 GiB are the least" in text for text in found)
 
 
-@pytest.mark.parametrize(("count", "words"), [(0, "0 host"), (2, "2 host(s) (node1 and node2)"), (4, "no multiple")])
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 host"), (2, "2 host(s) (node1 and node2)"), (4, "4 hosts"), (6, "6 hosts")]
+)
 def test_the_number_of_nodes(count: int, words: str) -> None:
     site = fresh()
-    site["wish"]["gluster_servers"] = [*NODES, "db1"][:count]
+    site["wish"]["gluster_servers"] = [*NODES, "db1", "node5", "node6"][:count]
     assert any(words in text for text in judge(site))
+
+
+def test_a_spool_that_is_in_use_may_have_uploads() -> None:
+    site = fresh()
+    on("node2", spooled="/srv/media-spool/photos/a.png")(site)
+    site["wish"]["spool"] = True
+    assert judge(site) == []
+
+
+def test_what_browsers_are_shown() -> None:
+    site = fresh()
+    site["wish"]["tls"] = "givn"
+    assert any("tribrick_tls is 'givn', which is neither generated nor given" in text for text in judge(site))
+    site["wish"] |= {"tls": "given", "tls_problem": "the certificate cannot be read"}
+    assert any("given, but the certificate cannot be read: correct tribrick_tls_cert" in text for text in judge(site))
+
+
+def test_a_given_certificate_is_read_with_its_key(tmp_path: Path) -> None:
+    """By the role's own variables, from files."""
+    one, two, sealed = tmp_path / "one", tmp_path / "two", tmp_path / "sealed.key"
+    ca = issue(tmp_path, "ca", "CA")
+    for folder in (one, two):
+        folder.mkdir()
+        _, key = issue(folder, "node", folder.name, ca)
+    form = serialization.PrivateFormat.PKCS8
+    sealed.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.BestAvailableEncryption(b"x")))
+    assert shown(one / "node.crt", one / "node.key") == ""
+    assert shown(one / "node.crt", two / "node.key") == "the key is not that of the first certificate in the file"
+    assert shown(one / "node.crt", sealed) == "the key cannot be read, or has a passphrase"
+    assert shown(one / "node.crt", tmp_path / "absent") == "the key cannot be read, or has a passphrase"
+    assert shown(tmp_path / "absent", one / "node.key") == "the certificate cannot be read"
+    assert shown(tmp_path / "absent", tmp_path / "absent", tls="generated") == ""
+
+
+def shown(certificate: Path, key: Path, tls: str = "given") -> str:
+    """Why this certificate and key are refused, as the role's variables work it out."""
+    variables = yaml.safe_load((ROOT / "roles/preflight/vars/main.yml").read_text(encoding="utf-8"))
+    wish = trust_as_template(variables.pop("__preflight_wish")["tls_problem"])
+    own = {name: trust_as_template(text) if isinstance(text, str) else text for name, text in variables.items()}
+    given = {"preflight_tls": tls, "preflight_tls_certificate": str(certificate), "preflight_tls_key": str(key)}
+    return str(Templar(loader=DataLoader(), variables=own | given).template(wish))
+
+
+@pytest.mark.parametrize(("servers", "password", "there"), [([], "", True), (["db1"], "", False), (["db1"], "x", True)])
+def test_the_database_of_the_kit_needs_its_password(servers: list[str], password: str, there: bool) -> None:
+    [play] = yaml.safe_load((ROOT / "playbooks/check_preflight.yml").read_text(encoding="utf-8"))
+    secrets = play["roles"][0]["vars"]["preflight_secrets"]
+    variables = {"groups": {"database_servers": servers}, "vault_tribrick_database_password": password}
+    asked = trust_as_template(secrets["vault_tribrick_database_password"])
+    assert Templar(loader=DataLoader(), variables=variables).template(asked) is there
+
+
+def test_nodes_work_together_by_ipv4_alone() -> None:
+    """GlusterFS would not listen, and nginx takes no ADDRESS:PORT of IPv6; a database is only connected to."""
+    site = fresh()
+    site["wish"]["addresses"] |= {"node2": "2001:db8::12", "db1": "2001:db8::21"}
+    [only] = [text for text in preflight.about_inventory(site["wish"]) if "IPv6" in text]
+    assert only.startswith("node2 has the address 2001:db8::12, which is of IPv6") and "in tribrick_hosts" in only
+
+
+@pytest.mark.parametrize("name", ["node_1", "10.0.0.1", "node 1", "-node", f"{'n' * 55}.test", "node1."])
+def test_names_that_glusterfs_or_a_certificate_refuses(name: str) -> None:
+    site = fresh()
+    site["wish"] |= {"hosts": [name], "addresses": {name: "192.0.2.11"}, "app_servers": [name]}
+    [only] = [text for text in preflight.about_inventory(site["wish"]) if "cannot be a node's name" in text]
+    assert only.startswith(f"'{name}'")
+
+
+@pytest.mark.parametrize("name", ["node1", "Node-1", "1.example.test", "n" * 59, "xn--bcher-kva.example"])
+def test_names_that_may_be(name: str) -> None:
+    assert preflight.is_node_name(name)
 
 
 def test_two_hosts_with_one_address() -> None:
