@@ -24,6 +24,7 @@ from tribrick import audit, catalog, copies, drain, fallback
 from tribrick.errors import StorageUnavailable
 from tribrick.models import MediaFile
 from tribrick.storage.derived import DerivedStorage
+from tribrick.testing import wait_for
 
 pytestmark = pytest.mark.usefixtures("cluster")
 DATA = b"picture" * 1000
@@ -377,9 +378,11 @@ def test_a_rebuilt_volume_is_filled_and_wrong_bytes_are_replaced(
 
 def test_wrong_bytes_of_the_tree_never_reach_the_volume(cluster: Any, without_gluster: Callable[..., Any]) -> None:
     with without_gluster("node1"):
-        name = save()
-        for spool in cluster.spools.values():
-            (spool.root / name).write_bytes(bytes(len(DATA)))
+        name = save()  # is acknowledged before all have it
+        trees = [spool.root for spool in cluster.spools.values()]
+        wait_for(lambda: all((tree / name).exists() for tree in trees), "all nodes have it")
+        for tree in trees:
+            (tree / name).write_bytes(bytes(len(DATA)))
         done = merge(cluster)
     assert list(done.failed) == [name] and "other bytes" in done.failed[name]
     assert files(cluster.volume) == {}
