@@ -644,6 +644,28 @@ def test_pieces_of_one_file_may_come_from_two_sources(node: Node) -> None:
     node.await_origin()
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_nothing_but_its_pieces_comes_in_the_middle_of_a_file(node: Node, elsewhere: bool) -> None:
+    """Its beginning is in the cache, and for the rest the mount says 404, or nobody answers."""
+    one = name()
+    node.put(node.mount, one, LARGE)
+    node.note("added", one, LARGE)
+    assert node.get(f"/media/{one}", Range="bytes=0-9").content == LARGE[:10]
+    wait_for(lambda: f"/media/{one}bytes=0-{PIECE - 1}".encode() in node.cached(), "the first piece is in the cache")
+    (node.mount / one).unlink()
+    if elsewhere:
+        node.put(node.mirror, one, LARGE)
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            node.get(f"/media/{one}")
+    else:
+        with node.without("origin"), pytest.raises(requests.exceptions.ChunkedEncodingError):
+            node.get(f"/media/{one}")
+        node.await_origin()
+    assert node.get(f"/media/{name()}").status_code == 404, "nobody else notices"
+    node.put(node.mount, one, LARGE)
+    assert node.get(f"/media/{one}").content == LARGE
+
+
 def test_what_the_mount_lost_is_no_404_while_the_ledger_knows_it(node: Node) -> None:
     one = name()
     node.note("added", one, SMALL)

@@ -442,7 +442,7 @@ def test_a_receiver_answers_under_its_own_path_alone(nodes):
 
 @pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 def test_a_tree_is_read_by_who_still_takes_it_for_a_spool(nodes):
-    """On the way into the Gluster-free mode. Nothing is stored or deleted that way, and nothing is said to be nowhere."""
+    """On the way into the Gluster-free mode. Nothing is stored or deleted that way, nothing is said to be nowhere."""
     assert ask(nodes, "PUT", "photos/tree.png", PICTURE) == 201
     assert ask(nodes, "GET", "photos/tree.png", at="spool") == 200
     assert ask(nodes, "HEAD", "photos/tree.png", at="spool") == 200
