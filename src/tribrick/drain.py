@@ -48,9 +48,9 @@ from tribrick.errors import StorageFull, StorageUnavailable
 from tribrick.models import Change, Kind, MediaFile, State
 from tribrick.storage.base_remote import OtherBytes, ReplicationError, _is_missing
 from tribrick.storage.guard import Call
-from tribrick.storage.mount import Mount, go_on
+from tribrick.storage.mount import go_on
 from tribrick.storage.opened import Reader
-from tribrick.storage.saving import CHUNK, Saving, temporary_beside
+from tribrick.storage.saving import CHUNK, Saving
 from tribrick.storage.spool import spool
 from tribrick.storage.volume import VolumeStorage
 
@@ -117,10 +117,6 @@ def _identity(relative: str, root: int) -> Identity | None:
 
 class _Draining(Saving):
     """A file that is written beside its name, and gets the name in a step of its own."""
-
-    def __init__(self, mount: Mount, relative: str) -> None:
-        super().__init__(mount, relative)
-        self.path = temporary_beside(relative)
 
     def finish(self, call: Call[Any]) -> None:  # noqa: ARG002  called as Saving.finish is
         """Make the bytes durable; the file stays open for the fsync under its name."""

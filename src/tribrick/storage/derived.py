@@ -16,7 +16,7 @@ from django.utils.deconstruct import deconstructible
 
 from tribrick.storage.guard import Call
 from tribrick.storage.mount import Mount, go_on
-from tribrick.storage.saving import Saving, temporary_beside
+from tribrick.storage.saving import Saving
 from tribrick.storage.volume import VolumeStorage
 
 
@@ -25,10 +25,6 @@ class Replacing(Saving):
 
     No fsync: after a power cut of all nodes the file may be gone or empty.
     """
-
-    def __init__(self, mount: Mount, relative: str) -> None:
-        super().__init__(mount, relative)
-        self.path = temporary_beside(relative)
 
     def flush(self) -> None:
         """Do nothing: nothing is promised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -27,8 +28,10 @@ def temporary_beside(relative: str) -> str:
 class Saving:
     """A file that is created, written in pieces and made durable. Workers take the steps, one at a time.
 
-    The direct form: create under the final name (``O_EXCL``), write, fsync, close. It is one of the
-    two forms that survive a power cut of all bricks, and the faster one.
+    Create beside the name, write, rename, and fsync of the still open file, which makes bytes and name durable.
+    Creating it under the name would survive a power cut of all bricks as well, and be faster. But who lists the
+    directory on another node meanwhile has that node's mount remember the size of the moment for a second: its web
+    server would read, and keep, a part of the acknowledged file, or nothing.
 
     A step that fails, or ends after its caller has stopped waiting, removes the file.
     """
@@ -36,7 +39,7 @@ class Saving:
     def __init__(self, mount: Mount, relative: str) -> None:
         self.mount = mount
         self.relative = relative
-        self.path = relative  # where the bytes are
+        self.path = temporary_beside(relative)  # where the bytes are
         self.root = -1
         self.descriptor = -1
         self._created = False
@@ -73,10 +76,24 @@ class Saving:
         os.fsync(self.descriptor)
         self._unflushed = 0
 
-    def finish(self, call: Call[Any]) -> None:  # noqa: ARG002  other forms look whether somebody waits
-        """Make the file durable under its name, and close it."""
+    def finish(self, call: Call[Any]) -> None:
+        """Give the file its name, make it durable, and close it."""
+        # All bytes are on the bricks before: `set_mode` has asked for the file's size, which waits for the writes.
+        go_on(call)
+        self._refuse_a_taken_name()
+        os.rename(self.path, self.relative, src_dir_fd=self.root, dst_dir_fd=self.root)
+        self.path = self.relative
+        go_on(call)
         os.fsync(self.descriptor)
         self.close()
+
+    def _refuse_a_taken_name(self) -> None:
+        """Names are unique; this is for who gives them by hand. Two at the same moment are not told apart."""
+        try:
+            os.stat(self.relative, dir_fd=self.root, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        raise FileExistsError(errno.EEXIST, "this name is taken; stored files are never changed", self.relative)
 
     def close(self) -> None:
         """Close the file."""

@@ -60,10 +60,9 @@ class VolumeStorage(Catalogued, FileSystemStorage):
     what was checked and what is written are the same file system even if the mount goes away in
     between. Every call has a deadline, see :mod:`tribrick.storage.guard`.
 
-    A file is created under its final name (``O_EXCL``), written, fsynced and closed. That is one of
-    the two forms that survive a power cut of all bricks, and the faster one. A reader cannot meet
-    the unfinished file: its name holds 100 random bits and is told to nobody before ``save``
-    returns. When anything fails, the file is removed again.
+    A file is created beside its name, written, renamed, fsynced and closed. That is one of the two
+    forms that survive a power cut of all bricks. Nobody meets an unfinished file under its name, nor
+    a mount that has seen one there. When anything fails, the file is removed again.
 
     Where the app ``tribrick`` is installed and the storage stands in ``STORAGES``, ``save`` writes the
     catalog's row in the caller's transaction, and ``delete`` the tombstone: the bytes go after the

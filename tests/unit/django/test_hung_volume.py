@@ -123,10 +123,10 @@ def in_time(work: Callable[[], object], deadlines: float = 1.0) -> None:
 
 
 def is_data(path: str) -> bool:
-    return path.endswith(".bin")
+    return path.endswith((".bin", ".part"))
 
 
-SAVE = ["open", "stat", "write", "fstat", "fsync", "close"]
+SAVE = ["open", "stat", "write", "fstat", "rename", "fsync", "close"]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

@@ -54,7 +54,7 @@ class Recorder:
             first = args[0]
             path = self.paths.get(first, "?") if isinstance(first, int) else str(first)
             self.calls.append((name, path))
-            about_file = path.endswith((".bin", ".png"))
+            about_file = path.endswith((".bin", ".png", ".part"))
             if about_file and self.failures.get(name):
                 error = self.failures[name].pop(0)
                 if name == "close":
@@ -99,16 +99,39 @@ def test_what_is_stored_is_what_was_given(storage: VolumeStorage, volume: Path, 
 
 
 def test_durable_form(storage: VolumeStorage, volume: Path, recorder: Recorder) -> None:
-    """Created under the final name, all written, then fsync, then close; never renamed."""
+    """Created beside the name, all written and on the bricks, renamed, then fsync, then close."""
     storage.store(ContentFile(b"warm"), "photos/a.bin")
     for first, second in itertools.product("0123456789abcdef", repeat=2):
         (volume / "photos" / first / second).mkdir(parents=True, exist_ok=True)
     recorder.calls.clear()
     name = storage.save("photos/b.bin", ContentFile(os.urandom(module.CHUNK * 3 + 5)))
-    assert recorder.about(name) == ["open", *["write"] * 4, "fstat", "fsync", "close"]
-    others = [call for call in recorder.calls if call[1] != name]
-    # Nothing else but opening and closing the root: no listing, no look whether the name is free.
+    [temporary] = {path for _call, path in recorder.calls if path.endswith(".part")}
+    directory, _, last = temporary.rpartition("/")
+    assert directory == os.path.dirname(name) and saving.TEMPORARY.fullmatch(last)
+    # The look at the size waits until the bricks have all that was written.
+    assert recorder.about(temporary) == ["open", *["write"] * 4, "fstat", "rename", "fsync", "close"]
+    assert recorder.about(name) == ["stat"]
+    others = [call for call in recorder.calls if call[1] not in (name, temporary)]
+    # Nothing else but opening and closing the root: no listing.
     assert others == [("open", str(volume)), ("close", str(volume))]
+
+
+def test_nobody_meets_a_part_under_the_name(storage: VolumeStorage, volume: Path, files_in: FilesIn) -> None:
+    """Who lists the directory on another node would have its mount remember the size of that moment."""
+    seen: list[str] = []
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(3):
+            yield os.urandom(module.CHUNK)
+            seen.extend(files_in(volume))
+
+    class Streamed(File):  # type: ignore[type-arg]
+        def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:  # noqa: ARG002  as Django calls it
+            return pieces()
+
+    name = storage.store(Streamed(io.BytesIO(), "b.bin"), "photos/b.bin").name
+    assert seen and all(saving.TEMPORARY.fullmatch(os.path.basename(one)) for one in seen), seen
+    assert files_in(volume) == [name]
 
 
 def test_the_umask_is_undone_before_fsync(storage: VolumeStorage, volume: Path, recorder: Recorder) -> None:
@@ -119,8 +142,9 @@ def test_the_umask_is_undone_before_fsync(storage: VolumeStorage, volume: Path, 
         os.umask(old)
     assert (volume / name).stat().st_mode & 0o777 == 0o644
     assert (volume / "photos").stat().st_mode & 0o700 == 0o700
-    calls = recorder.about(name)
-    assert calls.index("fchmod") < calls.index("fsync")
+    [temporary] = {path for _call, path in recorder.calls if path.endswith(".part")}
+    calls = recorder.about(temporary)
+    assert calls.index("fchmod") < calls.index("rename") < calls.index("fsync")
 
 
 def test_same_name_many_times(storage: VolumeStorage, volume: Path, files_in: FilesIn) -> None:
