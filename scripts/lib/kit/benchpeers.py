@@ -214,8 +214,11 @@ class Field:
         """End units on all nodes, one name after the other; mounts go first, while their servers are there."""
         everywhere(self.unmount, list(NODES))
         for name in names:
-            stop = f"systemctl stop '{UNITS}{name}*'"
-            everywhere(lambda node, stop=stop: inside(self.lab, node, stop, deadline=90), list(NODES))
+            self._end(name)
+
+    def _end(self, name: str) -> None:
+        script = f"systemctl stop '{UNITS}{name}*'"
+        everywhere(lambda node: inside(self.lab, node, script, deadline=90), list(NODES))
 
     def clear(self) -> None:
         """Remove everything, also what a run that was killed has left."""
