@@ -471,12 +471,14 @@ class MooseFS(Peer):
             self.field.start(node, f"{self.name}-chunkserver", server)
             self.field.start(node, f"{self.name}-mount", f"mfsmount -f {self.root} {where} -o allow_other")
         self.field.wait_mounted(self.root)
-        self.field.do(FIRST, f"mfssetsclass 3CP {self.root} >/dev/null; chown {self.field.user}: {self.root}")
+        # Debian 13's MooseFS calls three copies so; Debian 12's, an older one, by their number.
+        copies = f"mfssetsclass 3CP {self.root} >/dev/null 2>&1 || mfssetsclass 3 {self.root} >/dev/null"
+        self.field.do(FIRST, f"{copies}; chown {self.field.user}: {self.root}")
         probe = f"{self.root}/probe"
-        copies = f"timeout 20 mfsfileinfo {probe} | grep -c 'copy .*VALID'"
+        found = f"timeout 20 mfsfileinfo {probe} | grep -c 'copy .*VALID'"
         self.field.wait(
             "three copies", FIRST,
-            f"rm -f {probe}; echo x | timeout 20 dd of={probe} status=none && test $({copies}) = 3",
+            f"rm -f {probe}; echo x | timeout 20 dd of={probe} status=none && test $({found}) = 3",
         )  # fmt: skip
 
 
