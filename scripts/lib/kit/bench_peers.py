@@ -6,7 +6,7 @@ rows; all others are stored by Django's FileSystemStorage, without fsync: on the
 a second (cron without its minute), lsyncd, unison, Syncthing, MooseFS and CephFS. Each is set up for speed, runs only
 in its turn, and lies on the bricks' disk. Programs are downloaded by apt and unpacked, not installed; all is removed in
 the end. The loss of a node is not measured here. What was left out and why: docs/measurements.md.
-Quick, to see that it works: --peer lsyncd --blocks 1.
+Expected to take about 330 s. Quick, to see that it works: --peer lsyncd --blocks 1.
 """
 
 from __future__ import annotations

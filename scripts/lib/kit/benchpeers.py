@@ -217,7 +217,7 @@ class Field:
             self._end(name)
 
     def _end(self, name: str) -> None:
-        # One that ends by itself just now, its mount being gone, is an error of systemctl's; asked again, it is unknown.
+        # One that ends by itself just now, its mount being gone, is an error of systemctl's; asked again, it is not.
         script = f"n=0; until systemctl stop '{UNITS}{name}*'; do n=$((n + 1)); test $n -lt 5 || exit 1; done"
         everywhere(lambda node: inside(self.lab, node, script, deadline=90), list(NODES))
 

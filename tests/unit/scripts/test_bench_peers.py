@@ -305,6 +305,17 @@ def test_ceph_ends_its_monitors_last(ground: benchpeers.Field, tmp_path: Path) -
     assert ended[-1] == "stop tribrick-bench-peer-rsync*"
 
 
+def test_a_unit_that_ends_while_it_is_stopped(ground: benchpeers.Field, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "systemctl"
+    script = f'#!/bin/sh\necho "$@" >>{tmp_path}/systemctl; test $(wc -l <{tmp_path}/systemctl) -ge '
+    program.write_text(f"{script}2 || exit 5\n", encoding="utf-8")
+    benchpeers.Lsyncd(ground).stop()
+    assert len((tmp_path / "systemctl").read_text(encoding="utf-8").splitlines()) == 1 + len(NODES)
+    program.write_text(f"{script}100 || exit 5\n", encoding="utf-8")
+    with pytest.raises(KitError):
+        benchpeers.Lsyncd(ground).stop()
+
+
 def test_waiting_tells_what_was_seen(ground: benchpeers.Field) -> None:
     ground.wait("it", "node1", "true")
     with pytest.raises(KitError, match="for it on node1; at the end: not today"):
