@@ -23,7 +23,7 @@ from kit.run import KitError
 # Parts
 
 
-@pytest.mark.parametrize("name", ["upload", "scale", "rollout", "options"])
+@pytest.mark.parametrize("name", ["upload", "scale", "rollout", "options", "peers"])
 def test_a_part_says_how_long_it_takes(name: str) -> None:
     said = re.search(r"Expected to take about (\d+) s", " ".join((bench.parts()[name].__doc__ or "").split()))
     assert said and 30 < int(said[1]) < 360
