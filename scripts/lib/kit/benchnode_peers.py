@@ -63,7 +63,7 @@ def read_all(files: Sequence[Told], deadline: float) -> dict[str, Any]:
         while (seen := look(file)) is not None:
             if time.monotonic() > end:
                 return {"missing": len(files) - number, "seen": seen}
-            time.sleep(LOOK)
+            time.sleep(LOOK)  # between two looks; the deadline is above
     return {"missing": 0}
 
 
@@ -169,7 +169,7 @@ class Writer:
         found = list[float]()
         for _ in range(count):
             content = os.urandom(size)
-            time.sleep(random.random() * period)  # noqa: S311
+            time.sleep(random.random() * period)  # noqa: S311  no secret; the moment in *period*, see above
             started = time.perf_counter()
             self.have_read([self.save(storage, content)], deadline)
             found.append((time.perf_counter() - started) * 1000)

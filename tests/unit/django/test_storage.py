@@ -125,7 +125,7 @@ def test_nobody_meets_a_part_under_the_name(storage: VolumeStorage, volume: Path
             yield os.urandom(module.CHUNK)
             seen.extend(files_in(volume))
 
-    class Streamed(File):  # type: ignore[type-arg]
+    class Streamed(File):  # type: ignore[type-arg]  # Django's class takes no parameter when it runs
         def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:  # noqa: ARG002  as Django calls it
             return pieces()
 

@@ -178,7 +178,7 @@ def test_lsyncd_goes_to_both_others() -> None:
 
 def test_syncthing_knows_all_and_asks_nobody_outside() -> None:
     devices = {node: (f"ID-{node}", address) for node, address in ADDRESSES.items()}
-    root = ET.fromstring(benchpeers.syncthing_xml("/d", "node2", devices))  # noqa: S314  ours
+    root = ET.fromstring(benchpeers.syncthing_xml("/d", "node2", devices))  # noqa: S314  our own text
     assert {one.get("id") for one in root.findall("folder/device")} == {f"ID-{node}" for node in NODES}
     assert len(root.findall("device")) == 3
     assert root.findtext("options/listenAddress", "").startswith(f"tcp://{ADDRESSES['node2']}:")
@@ -360,7 +360,7 @@ class FakePeer:
 class FakeRemote:
     """In place of the programs on the nodes."""
 
-    seen: list[str] = []  # noqa: RUF012
+    seen: list[str] = []  # noqa: RUF012  each test begins with a new one, see the fixture
     fails = ""
 
     def __init__(self, _ssh: Any, _program: Path, words: list[str], _log: Path) -> None:
